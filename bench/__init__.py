@@ -1,0 +1,1 @@
+"""Speed, measured: each script prints a table and, with ``--json``, writes its conditions too."""

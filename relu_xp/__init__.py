@@ -1,0 +1,32 @@
+"""One ReLU family, one set of rules, for every array library."""
+
+from relu_xp.functional import (
+    clipped_relu,
+    leaky_relu,
+    relu,
+    relu6,
+    relu_backward,
+    relu_grad,
+    relu_vjp,
+    thresholded_relu,
+)
+from relu_xp.layers import ClippedReLU, LeakyReLU, ReLU, Relu, ReLU6, ThresholdedReLU
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClippedReLU",
+    "LeakyReLU",
+    "ReLU",
+    "ReLU6",
+    "Relu",
+    "ThresholdedReLU",
+    "clipped_relu",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "relu_backward",
+    "relu_grad",
+    "relu_vjp",
+    "thresholded_relu",
+]

@@ -1,0 +1,251 @@
+"""The family as data: four numbers, checked once, then rounded to a dtype.
+
+Every member of the family is one function with four numbers, threshold ``t``, negative slope
+``a``, positive slope ``b`` and ceiling ``c``::
+
+    f(x)  = a*x            where x <= t               f'(x) = a    where x <= t
+          = min(b*x, c)    elsewhere                        = 0    where b*x >= c
+                                                            = b    elsewhere
+
+An array works with the numbers as its own dtype holds them, so that ``a = 0`` and ``b = 1`` are
+asked after rounding: `Activation.rounded` keeps one `Rounded` for every dtype seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Activation", "Rounded", "activation_of"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One member of the family.
+
+    Parameters
+    ----------
+    threshold : float
+        ``t``, the knee; it belongs to the lower piece.
+    negative_slope : float
+        ``a``, the factor at and below the knee. 0 means exactly +0 there, never a product.
+    positive_slope : float
+        ``b``, the factor above the knee; not 0. 1 means x itself, never a product.
+    max_value : float or None
+        ``c``, the ceiling; None for none.
+
+    Raises
+    ------
+    TypeError
+        If one of them is not a real number (a bool is not).
+    ValueError
+        If one of them is NaN or infinite, if ``b`` is 0, or if there is a ceiling without
+        ``b > 0`` and ``c > b*t``.
+    """
+
+    threshold: float = 0.0
+    negative_slope: float = 0.0
+    positive_slope: float = 1.0
+    max_value: float | None = None
+    rounded: dict[Any, Rounded] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "negative_slope", "positive_slope"):
+            object.__setattr__(self, name, _real(name, getattr(self, name)))
+        t, b = self.threshold, self.positive_slope
+        if b == 0:
+            raise ValueError("positive_slope must not be 0: nothing would pass above the threshold")
+        if self.max_value is not None:
+            c = _real("max_value", self.max_value)
+            object.__setattr__(self, "max_value", c)
+            if not (b > 0 and c > b * t):
+                raise ValueError(
+                    "max_value needs positive_slope > 0 and max_value > positive_slope*threshold, "
+                    f"got max_value={c}, positive_slope={b}, threshold={t}"
+                )
+
+    def __reduce__(self) -> tuple[type[Activation], tuple[float | None, ...]]:
+        return type(self), (
+            self.threshold,
+            self.negative_slope,
+            self.positive_slope,
+            self.max_value,
+        )
+
+    def round_to(self, dtype: Any, dtype_name: str) -> Rounded:
+        """Round the numbers to a dtype and remember them in `rounded`.
+
+        Parameters
+        ----------
+        dtype : hashable
+            The array library's own dtype object. The key in `rounded` has its type, too: dtypes of
+            two libraries may hash alike, and complain when they are compared.
+        dtype_name : str
+            Its standard name, for example ``"float32"``.
+
+        Returns
+        -------
+        Rounded
+
+        Raises
+        ------
+        TypeError
+            If the dtype is not one that the family serves.
+        ValueError
+            If the dtype is an integer one that cannot hold the numbers.
+        """
+        rounded = self.rounded[type(dtype), dtype] = Rounded(self, dtype_name)
+        return rounded
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # typed: True == 1, but a bool is to be refused
+def activation_of(
+    negative_slope: float, threshold: float, positive_slope: float, max_value: float | None
+) -> Activation:
+    """Return the one `Activation` with these numbers; a call costs far less than building it."""
+    return Activation(threshold, negative_slope, positive_slope, max_value)
+
+
+def _real(name: str, value: Any) -> float:
+    """Return a finite real number as a float, or as an int where a float would not be exact."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
+    exact = int(value) if isinstance(value, numbers.Integral) else value
+    try:
+        number = float(exact)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if isinstance(exact, int) and number != exact:
+        return exact
+    return number + 0.0  # -0.0 and 0.0 are the same number: keep one
+
+
+class _Format:
+    """A binary floating-point format: its width and the bits of its significand, in all."""
+
+    def __init__(self, width: int, precision: int, code: str) -> None:
+        self.width = width
+        self.precision = precision
+        self.code = code  # of struct, for the bits; bfloat16 is the upper half of a float32
+        self.max_exponent = 1 << (width - precision - 1)  # every finite number is below 2 to this
+
+    def round(self, value: float) -> float:
+        """Round to nearest, ties to even, in one step: by way of float32 it would be two."""
+        if self.width == 64:
+            return float(value)
+        _, exponent = math.frexp(value)
+        last_place = max(exponent, 3 - self.max_exponent) - self.precision
+        rounded = math.ldexp(round(math.ldexp(value, -last_place)), last_place)
+        if abs(rounded) >= math.ldexp(1.0, self.max_exponent):
+            rounded = math.copysign(math.inf, rounded)
+        return rounded + 0.0
+
+    def bits(self, value: float) -> int:
+        """Return the bit pattern of a number that the format holds."""
+        packed = int.from_bytes(struct.pack("<" + self.code, value), "little")
+        return packed >> (8 * struct.calcsize(self.code) - self.width)
+
+
+_FLOATING = {
+    "float16": _Format(16, 11, "e"),
+    "bfloat16": _Format(16, 8, "f"),
+    "float32": _Format(32, 24, "f"),
+    "float64": _Format(64, 53, "d"),
+}
+_INTEGER = {
+    f"{prefix}int{width}": (width, low * 2 ** (width - 1), (2 + low) * 2 ** (width - 1) - 1)
+    for width in (8, 16, 32, 64)
+    for prefix, low in (("", -1), ("u", 0))
+}
+
+
+class Rounded:
+    """An activation's numbers as one dtype holds them, with their bit patterns.
+
+    Compared by identity, so that a backend may key what it derives from them by the object.
+
+    Attributes
+    ----------
+    dtype_name : str
+        For example ``"bfloat16"``.
+    floating : bool
+        Whether the dtype has gradients; the bit patterns below are there only if so.
+    width : int
+        Bits an element.
+    threshold, negative_slope, positive_slope, max_value : float or int
+        Exactly representable in the dtype, or infinite where the dtype cannot reach so far;
+        ``max_value`` may be None.
+    plain : bool
+        Whether this is ReLU itself: threshold 0, slopes 0 and 1, no ceiling.
+    pieces : int
+        3 where a ceiling meets a non-zero negative slope, so that one bit an element cannot say
+        which factor a gradient takes; else 2.
+    infinity_bits, threshold_bits, ceiling_bits : int
+        Bit patterns. A ceiling of 0 has those of -0.0, because -0.0 reaches it.
+    """
+
+    __slots__ = (
+        "ceiling_bits",
+        "dtype_name",
+        "floating",
+        "infinity_bits",
+        "max_value",
+        "negative_slope",
+        "pieces",
+        "plain",
+        "positive_slope",
+        "threshold",
+        "threshold_bits",
+        "width",
+    )
+
+    def __init__(self, numbers: Activation, dtype_name: str) -> None:
+        self.dtype_name = dtype_name
+        self.floating = dtype_name in _FLOATING
+        if self.floating:
+            form = _FLOATING[dtype_name]
+            self.width = form.width
+        elif dtype_name in _INTEGER:
+            self.width, low, high = _INTEGER[dtype_name]
+        else:
+            flaw = "has no order" if dtype_name.startswith("complex") else "is not supported"
+            raise TypeError(
+                f"{dtype_name} {flaw}; relu takes real floating or integer arrays "
+                f"({', '.join(_FLOATING)}, int8 to int64, uint8 to uint64)"
+            )
+
+        def convert(name: str) -> float:
+            value: float = getattr(numbers, name)
+            return form.round(value) if self.floating else _whole(name, value, low, high)
+
+        self.threshold = t = convert("threshold")
+        self.negative_slope = a = convert("negative_slope")
+        self.positive_slope = b = convert("positive_slope")
+        self.max_value = c = None if numbers.max_value is None else convert("max_value")
+        self.plain = t == 0 and a == 0 and b == 1 and c is None
+        self.pieces = 3 if c is not None and a != 0 else 2
+        if self.floating:
+            self.infinity_bits = form.bits(math.inf)
+            self.threshold_bits = form.bits(t)
+            self.ceiling_bits = 0 if c is None else form.bits(c or -0.0)
+
+    def order(self, bits: int) -> int:
+        """Map a bit pattern to a signed integer that orders as the numbers do, NaN outermost."""
+        sign = 1 << (self.width - 1)
+        return bits if bits < sign else (sign - 1) - bits
+
+
+def _whole(name: str, value: float, low: int, high: int) -> int:
+    """Return one of the numbers as an integer array holds it."""
+    if value != int(value) or not low <= value <= high:
+        raise ValueError(
+            f"{name}={value} does not fit the array's integer dtype, which needs a whole number "
+            f"from {low} to {high}; convert the array to a floating dtype first"
+        )
+    return int(value)

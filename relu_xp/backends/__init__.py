@@ -1,0 +1,108 @@
+"""What a backend is: a module with these functions, same names and signatures in each.
+
+The arrays decide which backend serves (`relu_xp.dispatch`). By the time that one is called,
+`relu_xp.functional` has checked that the arrays come from its library and agree in device, shape
+and dtype, and has rounded the activation's numbers to the dtype (rule N1). What is left to the
+backend is the truth table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+from relu_xp.activation import Rounded
+
+__all__ = ["Backend", "check_memory"]
+
+
+class Backend(Protocol):
+    """The functions of a backend module.
+
+    ``out`` is None, or an array that `check_out` has let pass: write the result there and return
+    that very array. Otherwise return a fresh one, in the layout of the first array argument where
+    the library has layouts. No argument but ``out`` is ever written.
+    """
+
+    def forward(self, numbers: Rounded, x: Any, out: Any) -> Any:
+        """Return f(x); `x` may have an integer dtype."""
+
+    def forward_saving(self, numbers: Rounded, x: Any, out: Any) -> tuple[Any, Any]:
+        """Return f(x) and what `backward` needs, which must share no memory with x or f(x)."""
+
+    def backward(self, numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
+        """Return f'(x) * dy from what was saved; `numbers` are rounded to the dtype of `dy`."""
+
+    def backward_from_input(
+        self, numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out: Any
+    ) -> Any:
+        """Return f'(x) * dy.
+
+        `numbers` are rounded to the dtype of `x` and choose the piece; `slopes` are the same
+        numbers rounded to the dtype of `dy`.
+        """
+
+    def ones_like(self, x: Any) -> Any:
+        """Return ones of x's shape, dtype and device; read-only and of stride 0 if that is less."""
+
+    def dtype_name(self, dtype: Any) -> str:
+        """Return a dtype's standard name, for example ``"float32"``; raise TypeError for none."""
+
+    def place(self, x: Any) -> tuple[str, Hashable]:
+        """Return the library's name and the device, which is None where all arrays share one."""
+
+    def check_out(self, out: Any, inputs: Sequence[Any]) -> None:
+        """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
+
+    def saved_nbytes(self, saved: Any) -> int:
+        """Return how many bytes the saved state holds."""
+
+
+def check_memory(
+    out: Any,
+    inputs: Sequence[Any],
+    may_share_memory: Callable[[Any, Any], bool],
+    address: Callable[[Any], int],
+) -> None:
+    """Refuse an `out` whose own elements overlap, or that overlaps an input without being it.
+
+    Parameters
+    ----------
+    out : strided array
+    inputs : sequence of strided arrays
+    may_share_memory : function
+        Whether the bounds of two arrays meet.
+    address : function
+        Where an array's first element lies.
+
+    Raises
+    ------
+    ValueError
+    """
+    if _overlaps_itself(out):
+        raise ValueError("out is a broadcast view, whose elements share memory; give an array")
+    for x in inputs:
+        if out is x or not may_share_memory(out, x):
+            continue
+        if address(out) != address(x) or out.strides != x.strides:
+            raise ValueError(
+                "out overlaps an input without being the same view; give that very array or "
+                "one that shares no memory with it"
+            )
+
+
+def _overlaps_itself(array: Any) -> bool:
+    """Tell whether two elements of a strided array may share memory.
+
+    Exact for views made by slicing, transposing and broadcasting; for stranger ones it may say yes
+    without need.
+    """
+    reach = array.itemsize
+    axes = zip(map(abs, array.strides), array.shape, strict=True)
+    for stride, length in sorted(axis for axis in axes if axis[1] != 1):
+        if length == 0:
+            return False
+        if stride < reach:
+            return True
+        reach += stride * (length - 1)
+    return False

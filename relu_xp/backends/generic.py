@@ -1,0 +1,133 @@
+"""The specification, in the standard array API alone: serves every library without its own backend.
+
+Nothing here looks at a value from Python, writes an array or forces a lazy one, so that tracing
+(JAX, ``torch.compile``), automatic differentiation and Dask's graphs go through. The numbers are
+Python scalars that the dtype holds exactly, which the standard combines with an array without
+changing its dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from relu_xp.activation import Rounded
+from relu_xp.backends import check_memory
+
+__all__ = [
+    "backward",
+    "backward_from_input",
+    "check_out",
+    "dtype_name",
+    "forward",
+    "forward_saving",
+    "ones_like",
+    "place",
+    "saved_nbytes",
+]
+
+
+def forward(numbers: Rounded, x: Any, out: Any) -> Any:
+    """Return f(x). See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(x)
+    high = _high(numbers, x)
+    if numbers.max_value is not None:
+        high = xp.where(high >= numbers.max_value, numbers.max_value, high)
+    return _store(xp.where(x <= numbers.threshold, _low(numbers, x), high), out)
+
+
+def forward_saving(numbers: Rounded, x: Any, out: Any) -> tuple[Any, Any]:
+    """Return f(x) and the pieces: bool, or 0, 1, 2 in uint8 where there are three."""
+    pieces = _pieces(numbers, x)  # first: out may be x
+    return forward(numbers, x, out), pieces
+
+
+def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
+    """Return f'(x) * dy from the pieces. See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(dy)
+    high, low = _high(numbers, dy), _low(numbers, dy)
+    if numbers.pieces == 3:
+        dx = xp.where(saved == 1, high, xp.where(saved == 0, low, 0.0))
+    else:
+        dx = xp.where(saved, high, low)
+    return _store(dx, out)
+
+
+def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out: Any) -> Any:
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
+    return backward(slopes, dy, _pieces(numbers, x), out)
+
+
+def ones_like(x: Any) -> Any:
+    """Return ones of x's shape, dtype and device."""
+    return array_api_compat.array_namespace(x).ones_like(x)
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the dtype's name, without its library's."""
+    return str(dtype).rpartition(".")[2]
+
+
+def place(x: Any) -> tuple[str, Hashable]:
+    """Return the library and device.
+
+    JAX and Dask settle devices themselves: an array of theirs may be spread over several, and one
+    that is being traced has none.
+    """
+    library = array_api_compat.array_namespace(x, use_compat=False).__name__.partition(".")[0]
+    device = None if library in ("jax", "dask") else array_api_compat.device(x)
+    return library, device
+
+
+def check_out(out: Any, inputs: Sequence[Any]) -> None:
+    """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
+    if not array_api_compat.is_writeable_array(out):
+        raise TypeError(f"{place(out)[0]} arrays cannot be written; leave out= (or inplace=) away")
+    seen = _memory(out)
+    if seen is not None:
+        others = [seen if x is out else _memory(x) for x in inputs]
+        others = [other for other in others if other is not None]
+        check_memory(seen, others, np.may_share_memory, lambda array: array.ctypes.data)
+
+
+def saved_nbytes(saved: Any) -> int:
+    """Return the bytes of the pieces, one an element."""
+    return math.prod(saved.shape)
+
+
+def _high(numbers: Rounded, x: Any) -> Any:
+    return x if numbers.positive_slope == 1 else x * numbers.positive_slope
+
+
+def _low(numbers: Rounded, x: Any) -> Any:
+    return type(numbers.threshold)(0) if numbers.negative_slope == 0 else x * numbers.negative_slope
+
+
+def _pieces(numbers: Rounded, x: Any) -> Any:
+    xp = array_api_compat.array_namespace(x)
+    upper = ~(x <= numbers.threshold)  # not x > t: that is false for NaN
+    if numbers.max_value is None:
+        return upper
+    ceiling = _high(numbers, x) >= numbers.max_value
+    if numbers.pieces == 2:
+        return upper & ~ceiling
+    return xp.astype(upper, xp.uint8) + xp.astype(upper & ceiling, xp.uint8)
+
+
+def _store(y: Any, out: Any) -> Any:
+    if out is None:
+        return y
+    out[...] = y
+    return out
+
+
+def _memory(x: Any) -> np.ndarray[Any, Any] | None:
+    """Return x's memory as a NumPy view to compare bounds with, or None if it cannot be seen."""
+    try:
+        return np.from_dlpack(x)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+        return None  # on another device, say: what is written there comes from a temporary anyway

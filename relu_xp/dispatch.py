@@ -1,0 +1,106 @@
+"""Array -> backend: the only place that knows which libraries exist.
+
+An exact ``type(x)`` seen before costs one look-up in `BACKENDS`. A new one goes to the backend of
+its library (the first component of the name of its array namespace's module): one of ours, one
+that another package brings through the entry-point group ``relu_xp.backends``, or the generic one.
+A backend's module is imported when the first array of its library arrives.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, NoReturn, cast
+
+import array_api_compat
+import numpy as np
+
+from relu_xp.backends import numpy as numpy_backend
+
+if TYPE_CHECKING:
+    from relu_xp.backends import Backend
+
+__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_for", "describe", "how_to_move"]
+
+ENTRY_POINTS = "relu_xp.backends"
+
+BACKENDS: dict[type, Backend] = {np.ndarray: numpy_backend, np.memmap: numpy_backend}
+
+_BUILT_IN = {"cupy": "relu_xp.backends.cupy"}
+_NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
+_MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
+
+
+def backend_for(function: str, argument: str, x: Any) -> Backend:
+    """Return the backend that serves an array.
+
+    Parameters
+    ----------
+    function, argument : str
+        Names for the message.
+    x : array
+
+    Returns
+    -------
+    Backend
+
+    Raises
+    ------
+    TypeError
+        If `x` is not an array, or a subclass of ``numpy.ndarray`` with rules of its own.
+    """
+    kind = type(x)
+    backend = BACKENDS.get(kind)
+    if backend is None:
+        backend = _load(_library_of(function, argument, x))
+        BACKENDS[kind] = backend
+    return backend
+
+
+def describe(place: tuple[str, Hashable]) -> str:
+    """Put a backend's ``place`` into words, for example "CuPy on device 0"."""
+    library, device = place
+    name = _NAMES.get(library, library)
+    return name if device is None else f"{name} on device {device}"
+
+
+def how_to_move(argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable]) -> str:
+    """Say how an array gets from one ``place`` to another."""
+    if source[0] == target[0]:
+        return f"to device {target[1]}"
+    if (source[0], target[0]) == ("cupy", "numpy"):
+        return f"cupy.asnumpy({argument})"
+    return f"{_MODULES.get(target[0], target[0])}.asarray({argument})"
+
+
+def _library_of(function: str, argument: str, x: Any) -> str:
+    kind = type(x)
+    if isinstance(x, np.ndarray):
+        raise TypeError(
+            f"{function}: {argument} is a {kind.__module__}.{kind.__qualname__}, whose own rules "
+            f"(a mask, a shape) would be lost; convert it first, for example "
+            f"numpy.asarray({argument})"
+        )
+    if isinstance(x, np.generic):
+        _refuse(function, argument, x)
+    try:
+        namespace = array_api_compat.array_namespace(x, use_compat=False)
+    except TypeError:
+        _refuse(function, argument, x)
+    return cast(str, namespace.__name__).partition(".")[0]
+
+
+def _refuse(function: str, argument: str, x: Any) -> NoReturn:
+    raise TypeError(
+        f"{function}: {argument} must be an array, got {type(x).__name__}; "
+        f"convert it first, for example numpy.asarray({argument})"
+    ) from None
+
+
+def _load(library: str) -> Backend:
+    if library in _BUILT_IN:
+        return cast("Backend", importlib.import_module(_BUILT_IN[library]))
+    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=library):
+        return cast("Backend", entry_point.load())
+    return cast("Backend", importlib.import_module("relu_xp.backends.generic"))

@@ -1,0 +1,416 @@
+"""The functions: say, check, choose, call.
+
+Each takes an array of any array API library and returns one of the same library, device and shape.
+What is computed is `relu_xp.activation`'s table; where, a backend's business (`relu_xp.dispatch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, TypeVar, cast
+
+from relu_xp.activation import Activation, Rounded, activation_of
+from relu_xp.backends import Backend
+from relu_xp.dispatch import backend_for, describe, how_to_move
+
+__all__ = [
+    "Pullback",
+    "clipped_relu",
+    "leaky_relu",
+    "relu",
+    "relu6",
+    "relu_backward",
+    "relu_grad",
+    "relu_vjp",
+    "thresholded_relu",
+]
+
+ArrayT = TypeVar("ArrayT")
+
+
+def relu(
+    x: ArrayT,
+    /,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Apply a rectified linear unit to every element.
+
+    ``f(x) = negative_slope * x`` where ``x <= threshold``, else
+    ``min(positive_slope * x, max_value)``. NaN stays NaN; with a negative slope of 0, everything at
+    or below a threshold of 0 becomes +0, -0.0 and -inf included.
+
+    Parameters
+    ----------
+    x : array, any shape
+        float16, bfloat16, float32, float64, or an integer dtype that holds the numbers.
+    negative_slope : float, optional
+        Factor at and below the threshold. 0 means exactly +0, never a product.
+    threshold : float, optional
+        The knee; it belongs to the lower piece.
+    positive_slope : float, optional
+        Factor above the threshold, not 0. 1 means x itself, never a product.
+    max_value : float, optional
+        Ceiling; there is none by default. Needs ``positive_slope > 0`` and
+        ``max_value > positive_slope * threshold``.
+    out : array, same library, device, shape and dtype as `x`, optional
+        Where to write the result: `x` itself, or an array that shares no memory with it.
+
+    Returns
+    -------
+    array, shape and dtype of `x`
+        `out`, if given.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not an array or its dtype has no order (bool, complex, object), if a number is
+        not real, or if `out` is of another library or dtype or cannot be written at all.
+    ValueError
+        If a number is NaN, infinite or impossible, if it does not fit an integer dtype, or if
+        `out` is of another device or shape, read-only, broadcast or overlapping.
+
+    Notes
+    -----
+    The numbers are rounded to the dtype of `x` first. Made of differentiable operations for the
+    libraries that trace (JAX, PyTorch).
+    """
+    return forward(
+        "relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
+    )
+
+
+def leaky_relu(
+    x: ArrayT,
+    /,
+    negative_slope: float = 0.01,
+    *,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Apply a leaky ReLU: `relu` with a negative slope, 0.01 by default (Maas et al., 2013)."""
+    return forward(
+        "leaky_relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
+    )
+
+
+def relu6(
+    x: ArrayT,
+    /,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Apply ReLU with a ceiling of 6, where its gradient is 0 (Krizhevsky, 2010)."""
+    return forward("relu6", activation_of(negative_slope, threshold, positive_slope, 6.0), x, out)
+
+
+def clipped_relu(
+    x: ArrayT,
+    /,
+    max_value: float = 20.0,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Apply ReLU with a ceiling, 20 by default (Hannun et al., 2014), where its gradient is 0."""
+    return forward(
+        "clipped_relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
+    )
+
+
+def thresholded_relu(
+    x: ArrayT,
+    /,
+    threshold: float = 1.0,
+    *,
+    negative_slope: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Apply ReLU with its knee at a threshold, 1 by default (Konda et al., 2014)."""
+    return forward(
+        "thresholded_relu",
+        activation_of(negative_slope, threshold, positive_slope, max_value),
+        x,
+        out,
+    )
+
+
+def relu_grad(
+    x: ArrayT,
+    /,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Return the derivative ``f'(x)`` of `relu` at every element.
+
+    ``negative_slope`` where ``x <= threshold``, 0 at the ceiling, else ``positive_slope``, also
+    at NaN.
+
+    Parameters
+    ----------
+    x : array, any shape
+        float16, bfloat16, float32 or float64.
+    negative_slope, threshold, positive_slope, max_value, out
+        As for `relu`.
+
+    Returns
+    -------
+    array, shape and dtype of `x`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relu`; also TypeError for an integer `x`.
+    """
+    activation = activation_of(negative_slope, threshold, positive_slope, max_value)
+    backend = backend_for("relu_grad", "x", x)
+    numbers = _floating("relu_grad", "x", x, backend, activation)
+    if out is not None:
+        _check_out("relu_grad", out, x, (x,), backend)
+    ones = backend.ones_like(x)
+    gradient: ArrayT = backend.backward_from_input(numbers, numbers, ones, x, out)
+    return gradient
+
+
+def relu_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    /,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> ArrayT:
+    """Return the gradient ``f'(x) * dy`` of `relu`, from its input.
+
+    A select, not a product: where ``f'(x)`` is 0 the result is +0, even if `dy` is NaN or
+    infinite there.
+
+    Parameters
+    ----------
+    dy : array, shape of `x`
+        Gradient with respect to the output; any floating dtype, any layout.
+    x : array
+        The input of the forward pass; float16, bfloat16, float32 or float64.
+    negative_slope, threshold, positive_slope, max_value
+        As for `relu`. Threshold and ceiling are rounded to the dtype of `x`, the slopes to that of
+        `dy`.
+    out : array, library, device, shape and dtype of `dy`, optional
+        Where to write the result: `dy` itself, `x` itself, or an array that shares no memory with
+        either.
+
+    Returns
+    -------
+    array, shape of `x`, dtype of `dy`
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relu`; also TypeError for an integer or for two libraries, ValueError for two devices
+        or shapes.
+    """
+    activation = activation_of(negative_slope, threshold, positive_slope, max_value)
+    backend = backend_for("relu_backward", "x", x)
+    numbers = _floating("relu_backward", "x", x, backend, activation)
+    shape = cast(Any, x).shape
+    _check_fits("relu_backward", "dy", dy, backend, backend.place(x), shape, "x is")
+    slopes = _floating("relu_backward", "dy", dy, backend, activation)
+    if out is not None:
+        _check_out("relu_backward", out, dy, (dy, x), backend)
+    dx: ArrayT = backend.backward_from_input(numbers, slopes, dy, x, out)
+    return dx
+
+
+def relu_vjp(
+    x: ArrayT,
+    /,
+    *,
+    negative_slope: float = 0.0,
+    threshold: float = 0.0,
+    positive_slope: float = 1.0,
+    max_value: float | None = None,
+    out: ArrayT | None = None,
+) -> tuple[ArrayT, Pullback]:
+    """Apply `relu` and return a function for its gradient (a vector-Jacobian product).
+
+    Parameters
+    ----------
+    x : array, any shape
+        float16, bfloat16, float32 or float64.
+    negative_slope, threshold, positive_slope, max_value, out
+        As for `relu`.
+
+    Returns
+    -------
+    y : array, shape and dtype of `x`
+        ``relu(x)``; `out`, if given.
+    pullback : Pullback
+        ``pullback(dy)`` is ``f'(x) * dy``. It keeps one bit an element and neither `x` nor `y`,
+        so both may be overwritten.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relu`; also TypeError for an integer `x`.
+    """
+    activation = activation_of(negative_slope, threshold, positive_slope, max_value)
+    return forward_saving("relu_vjp", activation, x, out)
+
+
+class Pullback:
+    """The gradient of one forward pass; made by `relu_vjp`, called any number of times."""
+
+    __slots__ = ("_activation", "_backend", "_place", "_saved", "_shape")
+
+    def __init__(self, activation: Activation, backend: Backend, x: Any, saved: Any) -> None:
+        self._activation = activation
+        self._backend = backend
+        self._place = backend.place(x)
+        self._shape = x.shape
+        self._saved = saved
+
+    def __call__(self, dy: ArrayT, /, *, out: ArrayT | None = None) -> ArrayT:
+        """Return ``f'(x) * dy``.
+
+        Parameters
+        ----------
+        dy : array, shape of x
+            Gradient with respect to y; any floating dtype, any layout, x's library and device.
+        out : array, library, device, shape and dtype of `dy`, optional
+            Where to write the result: `dy` itself, or an array that shares no memory with it.
+
+        Returns
+        -------
+        array, shape and dtype of `dy`
+
+        Raises
+        ------
+        TypeError
+            If `dy` is not floating, or of another library.
+        ValueError
+            If `dy` has another shape or device, or `out` is not lawful.
+        """
+        return self.backward("pullback", dy, out)
+
+    def backward(self, function: str, dy: ArrayT, out: ArrayT | None) -> ArrayT:
+        """Return ``f'(x) * dy``, naming `function` where something is refused."""
+        backend = self._backend
+        _check_fits(function, "dy", dy, backend, self._place, self._shape, "forward saw")
+        slopes = _floating(function, "dy", dy, backend, self._activation)
+        if out is not None:
+            _check_out(function, out, dy, (dy,), backend)
+        dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
+        return dx
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes held for the gradient."""
+        return self._backend.saved_nbytes(self._saved)
+
+
+def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None) -> ArrayT:
+    """Return ``f(x)``, naming `function` where something is refused."""
+    backend = backend_for(function, "x", x)
+    numbers = _rounded(function, "x", x, backend, activation)
+    if out is not None:
+        _check_out(function, out, x, (x,), backend)
+    y: ArrayT = backend.forward(numbers, x, out)
+    return y
+
+
+def forward_saving(
+    function: str, activation: Activation, x: ArrayT, out: ArrayT | None
+) -> tuple[ArrayT, Pullback]:
+    """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
+    backend = backend_for(function, "x", x)
+    numbers = _floating(function, "x", x, backend, activation)
+    if out is not None:
+        _check_out(function, out, x, (x,), backend)
+    y, saved = backend.forward_saving(numbers, x, out)
+    return y, Pullback(activation, backend, x, saved)
+
+
+def _rounded(
+    function: str, argument: str, array: Any, backend: Backend, activation: Activation
+) -> Rounded:
+    """Return the numbers as the array's dtype holds them, if it is one that they suit."""
+    dtype = array.dtype
+    numbers = activation.rounded.get((type(dtype), dtype))
+    if numbers is None:
+        try:
+            numbers = activation.round_to(dtype, backend.dtype_name(dtype))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{function}: {argument}: {error}") from None
+    return numbers
+
+
+def _floating(
+    function: str, argument: str, array: Any, backend: Backend, activation: Activation
+) -> Rounded:
+    """Return the same, if the dtype has gradients."""
+    dtype = array.dtype
+    numbers = activation.rounded.get((type(dtype), dtype))
+    if numbers is None:
+        numbers = _rounded(function, argument, array, backend, activation)
+    if not numbers.floating:
+        raise TypeError(
+            f"{function}: {argument} has dtype {numbers.dtype_name}, which has no gradient; "
+            "convert it to a floating dtype first"
+        )
+    return numbers
+
+
+def _check_fits(
+    function: str,
+    argument: str,
+    array: Any,
+    backend: Backend,
+    place: tuple[str, Hashable],
+    shape: tuple[int, ...],
+    seen: str,
+) -> None:
+    """Refuse an array of another library, device or shape than the one seen before."""
+    own_backend = backend_for(function, argument, array)
+    own_place = own_backend.place(array)
+    if own_place is not place and (own_backend is not backend or own_place != place):
+        raise (TypeError if own_place[0] != place[0] else ValueError)(
+            f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
+            f"move it first, for example {how_to_move(argument, own_place, place)}"
+        )
+    if array.shape != shape:
+        raise ValueError(
+            f"{function}: {argument} has shape {tuple(array.shape)}, {seen} {tuple(shape)}"
+        )
+
+
+def _check_out(function: str, out: Any, like: Any, inputs: Sequence[Any], backend: Backend) -> None:
+    """Refuse an `out` that is not an array like `like` or that may not be written."""
+    _check_fits(function, "out", out, backend, backend.place(like), like.shape, "the input is")
+    if out.dtype != like.dtype:
+        raise TypeError(
+            f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
+            "give an array of that dtype"
+        )
+    try:
+        backend.check_out(out, inputs)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: {error}") from None

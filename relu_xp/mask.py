@@ -1,0 +1,84 @@
+"""What is kept between forward and backward: a mask of ours, one bit an element.
+
+The format, the same on every device, so that each side can test the other:
+
+- ``numpy.packbits(keep, bitorder="little")``: bit ``k`` is element ``k``, bit 1 means "the upper
+  piece": the gradient takes the positive slope. Bit 0 means that it takes the negative slope, or
+  is 0 at a ceiling. Padding bits are 0. The buffer may be up to 7 bytes longer than needed.
+- Elements count in C order; for an x that is Fortran- but not C-contiguous, in Fortran order.
+- A ceiling together with a non-zero negative slope has three pieces: one byte an element, 0 below
+  the knee, 1 above it, 2 at the ceiling.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Mask", "pack", "shaped", "unpack", "unpack_part"]
+
+
+class Mask:
+    """A packed mask and what it takes to read it.
+
+    Parameters
+    ----------
+    data : array of uint8, shape (n,)
+        The bytes, in the library and on the device of the array that they speak of.
+    shape : tuple of int
+        Shape of that array.
+    fortran : bool
+        Whether elements count in Fortran order.
+    pieces : int
+        2 for one bit an element, 3 for one byte an element.
+    """
+
+    __slots__ = ("data", "fortran", "pieces", "shape")
+
+    def __init__(self, data: Any, shape: tuple[int, ...], fortran: bool, pieces: int) -> None:
+        self.data = data
+        self.shape = shape
+        self.fortran = fortran
+        self.pieces = pieces
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return int(self.data.nbytes)
+
+
+def pack(pieces: npt.NDArray[Any], fortran: bool, count: int) -> npt.NDArray[np.uint8]:
+    """Return pieces as the mask stores them, in NumPy.
+
+    Parameters
+    ----------
+    pieces : ndarray of bool or uint8
+        1-D in the mask's order, or of the array's shape. If only a part of the array, its length
+        must be a multiple of 8 for another part to follow.
+    fortran : bool
+        Whether the mask's elements count in Fortran order.
+    count : int
+        2 or 3 pieces.
+    """
+    ordered = pieces.T if fortran else pieces
+    return np.packbits(ordered, None, "little") if count == 2 else ordered.reshape(-1)
+
+
+def unpack(mask: Mask) -> npt.NDArray[np.uint8]:
+    """Return the pieces of a NumPy mask, as 0, 1 or 2, in its array's shape."""
+    return shaped(unpack_part(mask, slice(0, math.prod(mask.shape))), mask)
+
+
+def unpack_part(mask: Mask, part: slice) -> npt.NDArray[np.uint8]:
+    """Return some pieces of a NumPy mask, 1-D in its order; they start at a multiple of 8."""
+    if mask.pieces == 3:
+        return mask.data[part]  # type: ignore[no-any-return]
+    return np.unpackbits(mask.data[part.start // 8 :], None, part.stop - part.start, "little")
+
+
+def shaped(flat: npt.NDArray[Any], mask: Mask) -> npt.NDArray[Any]:
+    """Return 1-D elements in a mask's order as an array of its shape; a view."""
+    return flat.reshape(mask.shape[::-1]).T if mask.fortran else flat.reshape(mask.shape)

@@ -1,0 +1,238 @@
+"""CuPy without a device: compile its kernels, and run them on the CPU.
+
+Three things that CI can do without a GPU, each with the exact source that CuPy generates:
+
+- `compile_for`: NVRTC, with CuPy's own options, to PTX or to machine code;
+- `HostKernel`: g++, behind a few macros, called with real ``cupy.ndarray``s over host memory;
+- `array` and `allocate`: such arrays, so that dispatch, strides and fall-backs run for real.
+
+What this cannot show is speed, races and coalescing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import cupy
+import numpy as np
+from cupy._core import _kernel, core
+from cupy.cuda import nvrtc
+
+_ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's _ArgKind
+
+_SHIM = """
+#include <cassert>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+using std::ptrdiff_t;
+#define __CUDACC_VER_MAJOR__ 13
+#define __device__
+#define __global__
+#define __host__
+#define __forceinline__ inline
+struct Dimension { unsigned int x, y, z; };
+static Dimension blockIdx = {0, 0, 0}, threadIdx = {0, 0, 0};
+static const Dimension blockDim = {1, 1, 1}, gridDim = {1, 1, 1};
+inline int __popc(unsigned int x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+#define MINMAX(T) inline T min(T a, T b) { return a < b ? a : b; } \\
+                  inline T max(T a, T b) { return a > b ? a : b; }
+MINMAX(int) MINMAX(float) MINMAX(double)
+#include <cupy/carray.cuh>
+"""
+
+
+def source(kernel, types, layouts):
+    """Return what CuPy generates for an ElementwiseKernel.
+
+    Parameters
+    ----------
+    kernel : cupy.ElementwiseKernel
+    types : sequence of dtype or None
+        Of each argument; None for a scalar.
+    layouts : sequence of (ndim, c_contiguous) or None
+        Of each array argument, and last that of the index.
+    """
+    types = [None if t is None else np.dtype(t) for t in types]
+    resolved = kernel._decide_params_type(tuple(types[: kernel.nin]), tuple(types[kernel.nin :]))
+    infos = [
+        _kernel._ArgInfo(_SCALAR, type(None), np.dtype(dtype), 0, True, True)
+        if given is None
+        else _kernel._ArgInfo(_ARRAY, cupy.ndarray, np.dtype(dtype), *layout, True)
+        for given, dtype, layout in zip(types, resolved[0] + resolved[1], layouts[:-1], strict=True)
+    ]
+    infos.append(_kernel._ArgInfo(_INDEXER, type(None), None, layouts[-1][0], True, True))
+    code = _kernel._get_elementwise_kernel_code(
+        tuple(infos), resolved[2], kernel.params, kernel.operation, kernel.name, kernel.preamble
+    )
+    return code, resolved[0] + resolved[1]
+
+
+def compile_for(code, architecture, *, ptx=False):
+    """Compile generated source with NVRTC and CuPy's options.
+
+    Parameters
+    ----------
+    code : str
+    architecture : int
+        Compute capability, for example 90.
+    ptx : bool
+        Return the PTX as text, instead of the machine code as bytes.
+    """
+    headers = "".join(f"#include <{name}>\n" for name in core._cupy_header_list)
+    program = nvrtc.createProgram(headers + code, "kernel.cu", (), ())
+    try:
+        options = (
+            *core.assemble_cupy_compiler_options(()),
+            "-ftz=true",
+            f"-arch={'compute' if ptx else 'sm'}_{architecture}",
+            "--device-as-default-execution-space",
+        )
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError:
+            raise AssertionError(nvrtc.getProgramLog(program)) from None
+        if ptx:
+            return nvrtc.getPTX(program).decode().rstrip("\0")
+        return nvrtc.getCUBIN(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def allocate(size):
+    """Allocate host memory the way that CuPy allocates a device's, misaligned by nothing."""
+    buffer = np.empty(size + 256, np.uint8)
+    buffer[:] = 0xA5  # whatever is read before it is written shows
+    offset = -buffer.ctypes.data % 256
+    memory = cupy.cuda.UnownedMemory(buffer.ctypes.data + offset, size, buffer, device_id=0)
+    return cupy.cuda.MemoryPointer(memory, 0)
+
+
+def array(host, device=0):
+    """Return a ``cupy.ndarray`` over the memory of a NumPy array, strides and all."""
+    low, high = np.lib.array_utils.byte_bounds(host)
+    memory = cupy.cuda.UnownedMemory(low, max(high - low, 1), host, device_id=device)
+    pointer = cupy.cuda.MemoryPointer(memory, host.__array_interface__["data"][0] - low)
+    return cupy.ndarray(host.shape, host.dtype, pointer, strides=host.strides)
+
+
+def to_numpy(x):
+    """Return a NumPy view of such an array."""
+    shape, strides, itemsize = x.shape, x.strides, x.dtype.itemsize
+    if x.size == 0:
+        return np.empty(shape, x.dtype)
+    low = x.data.ptr + sum(min(0, (n - 1) * s) for n, s in zip(shape, strides, strict=True))
+    span = sum((n - 1) * abs(s) for n, s in zip(shape, strides, strict=True)) + itemsize
+    raw = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(low))
+    view = np.ndarray(shape, x.dtype, raw, x.data.ptr - low, strides)
+    return view.copy(order="K")
+
+
+class HostKernel:
+    """An ElementwiseKernel's stand-in that runs the same source on the CPU.
+
+    It takes what CuPy takes (arrays over host memory), decides types and layouts as CuPy does, and
+    appends to `launches` the kernel's name and the arguments' (dtype, ndim, c_contiguous).
+    """
+
+    def __init__(self, kernel, launches):
+        self.kernel = kernel
+        self.launches = launches
+
+    def __call__(self, *arguments, size=None):
+        kernel = self.kernel
+        parameters = kernel.params[:-1]
+        assert len(arguments) == len(parameters)
+        plain = [
+            index
+            for index, (argument, parameter) in enumerate(zip(arguments, parameters, strict=True))
+            if isinstance(argument, cupy.ndarray) and not parameter.raw
+        ]
+        assert (size is None) == bool(plain), "size= is for kernels whose arrays are all raw"
+        shape = arguments[plain[0]].shape if plain else (size,)
+        assert all(arguments[index].shape == shape for index in plain)
+        assert len({a.data.device_id for a in arguments if isinstance(a, cupy.ndarray)}) == 1
+
+        views = {i: a for i, a in enumerate(arguments) if isinstance(a, cupy.ndarray)}
+        if all(arguments[index].flags.c_contiguous for index in plain) and len(shape) > 1:
+            shape = (arguments[plain[0]].size,)
+            views.update((index, arguments[index].reshape(-1)) for index in plain)
+        layouts = [
+            (views[i].ndim, views[i].flags.c_contiguous) if i in views else None
+            for i in range(len(arguments))
+        ]
+        types = [views[i].dtype if i in views else None for i in range(len(arguments))]
+        code, resolved = source(kernel, types, [*layouts, (len(shape), True)])
+        self.launches.append((kernel.name, [layout for layout in layouts if layout]))
+        if 0 in shape:
+            return
+
+        values = []
+        for i, (argument, dtype) in enumerate(zip(arguments, resolved, strict=True)):
+            if i in views:
+                view = views[i]
+                values.append(
+                    np.array([view.data.ptr, view.size, *view.shape, *view.strides], np.int64)
+                )
+            else:
+                values.append(np.array(argument, dtype))
+        values.append(np.array([np.prod(shape, dtype=int), *shape, *([0] * len(shape))], np.int64))
+        pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+        _compiled(code)(pointers)
+
+
+@functools.cache
+def _compiled(code):
+    """Build generated source with g++ and return a function that takes pointers to arguments."""
+    signature = re.search(r'extern "C" __global__ void (\w+)\((.*?)\) \{', code, re.DOTALL)
+    name, parameters = signature.groups()
+    types = [p.rsplit(None, 1)[0] for p in re.split(r",\s*(?![^<]*>)", parameters)]
+    casts = ", ".join(f"*static_cast<{t}*>(arguments[{i}])" for i, t in enumerate(types))
+    casts = re.sub(r"static_cast<const ", "static_cast<", casts)
+    text = f'{_SHIM}{code}\nextern "C" void launch(void** arguments) {{ {name}({casts}); }}\n'
+    folder = _cache_folder()
+    digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+    library = folder / f"{digest}.so"
+    if not library.exists():
+        unit = folder / f"{digest}.cpp"
+        unit.write_text(text)
+        includes = [o for o in core.assemble_cupy_compiler_options(()) if o.startswith("-I")]
+        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fwrapv", *includes]
+        done = subprocess.run(
+            [*command, str(unit), "-o", str(library)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+    function = ctypes.CDLL(str(library)).launch
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _cache_folder():
+    return Path(tempfile.mkdtemp(prefix="relu-xp-host-kernels-"))
+
+
+@contextlib.contextmanager
+def installed():
+    """Let relu_xp's CuPy backend run on the host; yield the list of launches."""
+    from relu_xp.backends import cupy as backend
+
+    launches = []
+    kernels = {name: HostKernel(kernel, launches) for name, kernel in backend.KERNELS.items()}
+    with (
+        mock.patch.dict(backend.KERNELS, kernels),
+        mock.patch.object(cupy.cuda.runtime, "getDevice", lambda: 0),
+        # A kernel of CuPy's own fills it, on a device.
+        mock.patch.object(cupy, "ones", lambda shape, dtype: array(np.ones(shape, dtype))),
+        cupy.cuda.using_allocator(allocate),
+    ):
+        yield launches
