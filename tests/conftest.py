@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from libraries import LIBRARIES
+from libraries import LIBRARIES, parameter
 
 
 def pytest_addoption(parser):
@@ -40,27 +40,24 @@ def require(request):
 
 
 def pytest_generate_tests(metafunc):
-    """Run a test over every library, or over every floating dtype of each, by its arguments."""
-    from libraries import parameter
-
-    if "dtype" in metafunc.fixturenames and "xp" in metafunc.fixturenames:
-        metafunc.parametrize(
-            ("xp", "dtype"),
-            [
-                parameter(library.name, dtype)
-                for library in LIBRARIES.values()
-                for dtype in library.dtypes
-            ],
-            indirect=["xp"],
-        )
-    elif "xp" in metafunc.fixturenames:
-        metafunc.parametrize("xp", [parameter(name) for name in LIBRARIES], indirect=True)
+    """Run a test that takes ``xp`` over every library, and over each floating dtype it has if the
+    test takes ``dtype``; with ``pytest.mark.libraries("strided")`` only over those that are so."""
+    if "xp" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("libraries")
+    wanted = marker.args if marker else ()
+    chosen = [one for one in LIBRARIES.values() if all(getattr(one, kind) for kind in wanted)]
+    if "dtype" in metafunc.fixturenames:
+        pairs = [parameter(one, dtype) for one in chosen for dtype in one.dtypes]
+        metafunc.parametrize(("xp", "dtype"), pairs, indirect=["xp"])
+    else:
+        metafunc.parametrize("xp", [parameter(one) for one in chosen], indirect=True)
 
 
 @pytest.fixture
 def xp(request):
     """A library, as libraries.py wraps it."""
-    library = LIBRARIES[request.param]
+    library = request.param
     reason = library.load()
     if reason:
         unavailable(request.config, reason, gpu=library.gpu)

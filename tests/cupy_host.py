@@ -230,7 +230,7 @@ def installed():
     kernels = {name: HostKernel(kernel, launches) for name, kernel in backend.KERNELS.items()}
     with (
         mock.patch.dict(backend.KERNELS, kernels),
-        mock.patch.object(cupy.cuda.runtime, "getDevice", lambda: 0),
+        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         # A kernel of CuPy's own fills it, on a device.
         mock.patch.object(cupy, "ones", lambda shape, dtype: array(np.ones(shape, dtype))),
         cupy.cuda.using_allocator(allocate),

@@ -26,7 +26,9 @@ class Library:
     payloads : bool
         Whether its own select keeps the payload of a NaN (rule F2, likewise).
     strided : bool
-        Whether `array` keeps strides of any kind, and memory.
+        Whether `array` keeps strides of any kind, and memory; such a library has a packed mask.
+    writable : bool
+        Whether an array can be an ``out``.
     """
 
     name = "numpy"
@@ -34,6 +36,7 @@ class Library:
     subnormals = True
     payloads = True
     strided = True
+    writable = True
     gpu = False
 
     def load(self):
@@ -113,6 +116,7 @@ class Jax(Library):
     subnormals = False
     payloads = False  # of bfloat16: XLA selects in float32
     strided = False
+    writable = False
 
     def load(self):
         reason = _missing("jax")
@@ -217,6 +221,6 @@ def _missing(module):
 
 
 def parameter(library, *rest):
-    """Return a pytest parameter for a library, by name; marked if it needs a GPU."""
-    marks = [pytest.mark.gpu] if LIBRARIES[library].gpu else []
-    return pytest.param(library, *rest, marks=marks, id="-".join((library, *rest)))
+    """Return a pytest parameter for a library; marked if it needs a GPU."""
+    marks = [pytest.mark.gpu] if library.gpu else []
+    return pytest.param(library, *rest, marks=marks, id="-".join((library.name, *rest)))

@@ -86,7 +86,9 @@ def place(x: Any) -> tuple[str, Hashable]:
 def check_out(out: Any, inputs: Sequence[Any]) -> None:
     """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
     if not array_api_compat.is_writeable_array(out):
-        raise TypeError(f"{place(out)[0]} arrays cannot be written; leave out= (or inplace=) away")
+        raise TypeError(
+            "out cannot be written: its library's arrays are immutable; leave out= (or inplace=) away"
+        )
     seen = _memory(out)
     if seen is not None:
         others = [seen if x is out else _memory(x) for x in inputs]

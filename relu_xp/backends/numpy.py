@@ -178,7 +178,8 @@ def backward_from_input(
     kx, k = _constants(numbers, x.dtype), _constants(slopes, dy.dtype)
     for _, xs, dys, dxs in _blocks(x.flags.fnc, x, dy, dx):
         bits = xs.view(kx.unsigned)
-        _backward_block(k, dys, _pieces(kx, _upper(kx, bits), _high(kx, bits)), dxs)
+        below = None if kx.ceiling is None else _below_ceiling(kx, _high(kx, bits))
+        _backward_block(k, dys, _pieces(kx, _upper(kx, bits), below), dxs)
     return dx
 
 
@@ -269,11 +270,14 @@ def _times(k: _Constants, bits: _Array, slope: _Array) -> _Array:
 def _select(keep: _Array, high: _Array, low: _Array | None, out: _Array | None = None) -> _Array:
     """Return `high` where `keep` is 1 and `low` (None: +0) where it is 0, all of them bits."""
     factor = keep.astype(high.dtype)  # at 6,400 elements 18 % faster than a mixed product
+    chosen: _Array
     if low is None:
-        return np.multiply(high, factor, out)
+        chosen = np.multiply(high, factor, out)
+        return chosen
     chosen = np.subtract(high, low)  # modulo 2**width, and so is the sum
     np.multiply(chosen, factor, chosen)
-    return np.add(chosen, low, out)
+    chosen = np.add(chosen, low, out)
+    return chosen
 
 
 def _high(k: _Constants, bits: _Array) -> _Array:
@@ -284,15 +288,14 @@ def _low(k: _Constants, bits: _Array) -> _Array | None:
     return None if k.negative_slope is None else _times(k, bits, k.negative_slope)
 
 
-def _pieces(k: _Constants, upper: _Array, high: _Array) -> _Array:
-    """Return the pieces as the mask stores them, from `_upper` and the positive product."""
-    if k.ceiling is None:
-        return upper
-    below = _below_ceiling(k, high)
-    if k.three_pieces:
-        codes: _Array = upper.view(np.uint8) * (2 - below.view(np.uint8))
-        return codes
-    return upper & below
+def _pieces(k: _Constants, upper: _Array, below: _Array | None) -> _Array:
+    """Return the pieces as the mask stores them, from `_upper` and `_below_ceiling`."""
+    pieces: _Array = upper
+    if below is not None and k.three_pieces:
+        pieces = upper.view(np.uint8) * (2 - below.view(np.uint8))
+    elif below is not None:
+        pieces = np.logical_and(upper, below)
+    return pieces
 
 
 def _plain_block(k: _Constants, x: _Array, y: _Array) -> None:
@@ -312,11 +315,12 @@ def _forward_block(k: _Constants, x: _Array, y: _Array) -> _Array:
         return nonzero  # the mask from the output: only +0 is below the knee
     bits = x.view(k.unsigned)
     upper, high, low = _upper(k, bits), _high(k, bits), _low(k, bits)
-    pieces = _pieces(k, upper, high)
+    below = None
     if k.ceiling is not None:
-        high = _select(_below_ceiling(k, high), high, k.ceiling)
+        below = _below_ceiling(k, high)
+        high = _select(below, high, k.ceiling)
     _select(upper, high, low, y.view(k.unsigned))
-    return pieces
+    return _pieces(k, upper, below)
 
 
 def _backward_block(k: _Constants, dy: _Array, pieces: _Array, dx: _Array) -> None:

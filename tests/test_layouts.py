@@ -1,0 +1,350 @@
+"""Rules A1 to A4: every shape, stride and overlap; nothing written that was not asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import relu_xp
+from relu_xp import mask as masks
+
+MEMBERS = ("relu", "everything", "relu6")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+
+@st.composite
+def views(draw, dtype, shape):
+    """Draw an array of a shape with strides of any sign and order, offsets and gaps."""
+    ndim = len(shape)
+    order = draw(st.permutations(range(ndim)))
+    steps = [draw(st.sampled_from([1, 1, 2, -1, -3])) for _ in range(ndim)]
+    offsets = [draw(st.integers(0, 2)) for _ in range(ndim)]
+    form = oracle.Format(dtype)
+    outer = [
+        (shape[axis] - 1) * abs(steps[axis]) + 1 + offsets[axis] if shape[axis] else 0
+        for axis in order
+    ]
+    rng = np.random.default_rng(draw(st.integers(0, 1000)))
+    size = int(np.prod(outer, dtype=int))
+    drawn = rng.choice(oracle.specials(dtype), size)
+    base = drawn.reshape(outer).view(form.dtype)
+    base = base.transpose(np.argsort(order)) if ndim else base
+    index = []
+    for step, offset, length in zip(steps, offsets, shape, strict=True):
+        part = slice(offset, offset + (length - 1) * abs(step) + 1, abs(step))
+        index.append(part if length else slice(0, 0))
+    view = base[(*index, ...)]  # the ellipsis: a 0-d array is to stay one
+    return view[(*[slice(None, None, -1 if s < 0 else 1) for s in steps], ...)]
+
+
+@st.composite
+def passes(draw, xp):
+    """Draw x and dy: one shape, two layouts, two dtypes; dy also broadcast, or read-only."""
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    x = draw(views(draw(st.sampled_from(xp.dtypes)), shape))
+    if draw(st.booleans()):
+        dy = draw(views(draw(st.sampled_from(xp.dtypes)), shape))
+    else:
+        kept = tuple(1 if draw(st.booleans()) else n for n in shape)
+        dy = np.broadcast_to(draw(views(draw(st.sampled_from(xp.dtypes)), kept)), shape)
+    assert x.shape == dy.shape == shape
+    return x, dy
+
+
+def bits(x, any_nan=True):
+    """Return the bits of an array in C order, every NaN the same one."""
+    form = oracle.Format(x.dtype.name)
+    patterns = np.ascontiguousarray(x).view(form.unsigned)
+    nan = (patterns & (form.sign - 1)) > form.infinity
+    return np.where(nan, form.sign - 1, patterns).reshape(x.shape)
+
+
+def exact(xp, x):
+    """Leave out subnormals where the library does."""
+    if xp.subnormals:
+        return x
+    form = oracle.Format(x.dtype.name)
+    patterns = x.view(form.unsigned)
+    tiny = (patterns & (form.sign - 1)) <= 1 << (form.fraction + (x.dtype.name == "float16") * 14)
+    return np.where(tiny, 0, patterns).astype(patterns.dtype).view(x.dtype)
+
+
+@settings(
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_every_layout(xp, data):
+    x, dy = data.draw(passes(xp))
+    x, dy = (exact(xp, np.array(a)) if not xp.subnormals else a for a in (x, dy))
+    before = bits(x), bits(dy)
+    for member in MEMBERS:
+        numbers = oracle.MEMBERS[member]
+        forward, backward = expected(member, x, dy)
+        y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+        results = {
+            "y": (y, forward),
+            "relu": (relu_xp.relu(xp.array(x), **numbers), forward),
+            "pullback": (pullback(xp.array(dy)), backward),
+            "backward": (relu_xp.relu_backward(xp.array(dy), xp.array(x), **numbers), backward),
+        }
+        for name, (result, wanted) in results.items():
+            got = xp.numpy(result)
+            assert got.shape == x.shape, name
+            kept = mask_of_exact(xp, got, wanted)
+            np.testing.assert_array_equal(bits(got)[kept], wanted[kept], err_msg=name)
+    assert np.array_equal(before[0], bits(x)), "x was written"
+    assert np.array_equal(before[1], bits(dy)), "dy was written"
+
+
+def mask_of_exact(xp, got, wanted):
+    form = oracle.Format(got.dtype.name)
+    if xp.subnormals:
+        return np.ones(got.shape, bool)
+    limit = 1 << (form.fraction + (got.dtype.name == "float16") * 14)
+    magnitude = wanted & (form.sign - 1)
+    return (magnitude == 0) | (magnitude > limit)
+
+
+def expected(member, x, dy):
+    """Return the oracle's y and dx as bits, every NaN the same one."""
+    of_x, of_dy = (oracle.members(a.dtype.name)[member] for a in (x, dy))
+    forward, backward = [], []
+    for one, other in zip(bits_as_they_are(x), bits_as_they_are(dy), strict=True):
+        forward.append(of_x.forward(one))
+        backward.append(of_dy.backward(of_x.piece(one), other))
+    return tuple(
+        bits(oracle.Expected(of.form, found).bits.view(of.form.dtype)).reshape(x.shape)
+        for of, found in ((of_x, forward), (of_dy, backward))
+    )
+
+
+def bits_as_they_are(x):
+    return np.ascontiguousarray(x).view(oracle.Format(x.dtype.name).unsigned).ravel().tolist()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1)])
+def test_0d_and_empty_arrays_stay_arrays(xp, dtype, shape):
+    x = np.full(shape, -2.5, oracle.DTYPES[dtype])
+    x += np.arange(x.size).reshape(shape).astype(x.dtype)
+    dy = np.ones(shape, x.dtype)
+    for numbers in ({}, {"negative_slope": 0.5, "max_value": 1.0}):
+        y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+        results = [
+            y,
+            relu_xp.relu(xp.array(x), **numbers),
+            relu_xp.relu_grad(xp.array(x), **numbers),
+            relu_xp.relu_backward(xp.array(dy), xp.array(x), **numbers),
+            pullback(xp.array(dy)),
+        ]
+        for result in results:  # `numpy` asserts the exact type
+            assert xp.numpy(result).shape == shape
+            assert xp.numpy(result).dtype == x.dtype
+
+
+@pytest.mark.libraries("strided")
+def test_the_layout_of_x_is_kept(xp):
+    x = np.asfortranarray(np.ones((3, 4), np.float32))
+    y, _ = relu_xp.relu_vjp(xp.array(x), negative_slope=0.5)
+    assert y.flags.f_contiguous
+    assert relu_xp.relu(xp.array(x)).flags.f_contiguous
+
+
+@pytest.mark.libraries("strided")
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("shape", [(), (0, 3), (9,), (3, 5, 7), (300, 401)])
+def test_the_mask_is_what_its_format_says(xp, fortran, shape):
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal(shape).astype(np.float32)
+    x = np.array(x, order="F" if fortran else "C")
+    order = "F" if x.flags.fnc else "C"
+    for numbers in ({}, {"max_value": 0.5}, {"threshold": -0.5, "positive_slope": 2.0}):
+        t, b = numbers.get("threshold", 0.0), numbers.get("positive_slope", 1.0)
+        keep = (x > t) & (b * x < numbers.get("max_value", np.inf))
+        _, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+        saved = pullback._saved
+        wanted = np.packbits(keep.ravel(order), bitorder="little")
+        got = xp.numpy(saved.data)
+        np.testing.assert_array_equal(got[: wanted.size], wanted)
+        assert wanted.size <= got.size <= wanted.size + 7
+        assert pullback.saved_nbytes == got.nbytes
+        assert (saved.shape, saved.fortran, saved.pieces) == (shape, order == "F", 2)
+        on_host = masks.Mask(got, saved.shape, saved.fortran, 2)
+        np.testing.assert_array_equal(masks.unpack(on_host), keep)
+    _, pullback = relu_xp.relu_vjp(xp.array(x), max_value=0.5, negative_slope=0.1)
+    codes = (x > 0) * (1 + (x >= 0.5))
+    np.testing.assert_array_equal(xp.numpy(pullback._saved.data), codes.ravel(order))
+    assert pullback.saved_nbytes == x.size
+
+
+def test_the_mask_is_ours_alone(xp):
+    """A3: overwriting x and y between forward and backward changes nothing."""
+    x = np.array([-1.0, 2.0, 0.0, 5.0], np.float32)
+    for numbers in ({}, {"negative_slope": 0.5, "max_value": 3.0}):
+        mine = xp.array(x.copy())
+        y, pullback = relu_xp.relu_vjp(mine, **numbers)
+        if xp.name != "jax":  # its arrays cannot be written
+            overwrite(xp, mine)
+            overwrite(xp, y)
+        dy = xp.array(np.ones(4, np.float32))
+        wanted = [0.5, 1, 0.5, 0] if numbers else [0, 1, 0, 1]
+        np.testing.assert_array_equal(xp.numpy(pullback(dy)), np.array(wanted, np.float32))
+
+
+def overwrite(xp, x):
+    if xp.name == "cupy_host":
+        import ctypes
+
+        ctypes.memset(x.data.ptr, 0xFF, x.nbytes)
+    else:
+        x[...] = -7.0
+
+
+@pytest.mark.libraries("writable")
+@pytest.mark.parametrize("numbers", [{}, {"negative_slope": 0.5, "max_value": 2.0}])
+@pytest.mark.parametrize("size", [5, 200_003])
+def test_out_is_written_and_returned(xp, numbers, size):
+    rng = np.random.default_rng(4)
+    host = rng.standard_normal(size).astype(np.float32) * 2
+    gradient = rng.standard_normal(size).astype(np.float32)
+    y = xp.numpy(relu_xp.relu(xp.array(host), **numbers)).copy()
+    g = xp.numpy(relu_xp.relu_grad(xp.array(host), **numbers)).copy()
+    dx = xp.numpy(relu_xp.relu_backward(xp.array(gradient), xp.array(host), **numbers)).copy()
+
+    def fresh():
+        return xp.array(np.full_like(host, 77.0))
+
+    def check(result, out, wanted):
+        assert result is out
+        np.testing.assert_array_equal(xp.numpy(out), wanted)
+
+    out = fresh()
+    check(relu_xp.relu(xp.array(host), **numbers, out=out), out, y)
+    out = fresh()
+    check(relu_xp.relu_grad(xp.array(host), **numbers, out=out), out, g)
+    out = fresh()
+    result, pullback = relu_xp.relu_vjp(xp.array(host), **numbers, out=out)
+    check(result, out, y)
+    out = fresh()
+    check(pullback(xp.array(gradient), out=out), out, dx)
+    # ... and each argument may be its own out.
+    x = xp.array(host.copy())
+    check(relu_xp.relu(x, **numbers, out=x), x, y)
+    x = xp.array(host.copy())
+    check(relu_xp.relu_grad(x, **numbers, out=x), x, g)
+    x = xp.array(host.copy())
+    result, pullback = relu_xp.relu_vjp(x, **numbers, out=x)
+    check(result, x, y)
+    dy = xp.array(gradient.copy())
+    check(pullback(dy, out=dy), dy, dx)
+    dy = xp.array(gradient.copy())
+    check(relu_xp.relu_backward(dy, xp.array(host), **numbers, out=dy), dy, dx)
+    x = xp.array(host.copy())
+    check(relu_xp.relu_backward(xp.array(gradient), x, **numbers, out=x), x, dx)
+
+
+@pytest.mark.libraries("strided")
+def test_a_strided_out(xp):
+    host = np.linspace(-1, 1, 24, dtype=np.float32).reshape(4, 6)
+    for x in (host, host.T, host[::2, ::-1], np.asfortranarray(host)):
+        memory = np.full((x.shape[0] * 2, x.shape[1]), 7, np.float32)
+        target = memory[::2]
+        mine = xp.array(target)
+        assert relu_xp.relu(xp.array(x), negative_slope=0.5, out=mine) is mine
+        wanted = np.where(x > 0, x, x * np.float32(0.5))
+        np.testing.assert_array_equal(xp.numpy(mine), wanted)
+        result, pullback = relu_xp.relu_vjp(xp.array(x), out=mine)
+        np.testing.assert_array_equal(xp.numpy(result), np.maximum(x, 0))
+        np.testing.assert_array_equal(xp.numpy(pullback(xp.array(x), out=mine)), np.maximum(x, 0))
+        assert xp.name == "cupy" or (memory[1::2] == 7).all(), "written outside of out"
+
+
+@pytest.mark.libraries("writable")
+def test_outs_of_another_kind_are_refused(xp):
+    host = np.arange(-4.0, 4.0, dtype=np.float32)
+    x = xp.array(host)
+    with pytest.raises(ValueError, match=r"relu: out has shape \(3,\), the input is \(8,\)"):
+        relu_xp.relu(x, out=xp.array(host[:3].copy()))
+    with pytest.raises(TypeError, match=r"relu: out has dtype .*float64, the result .*float32"):
+        relu_xp.relu(x, out=xp.array(host.astype(np.float64)))
+    with pytest.raises(TypeError, match="relu: out must be an array, got list"):
+        relu_xp.relu(x, out=[1.0] * 8)
+    np.testing.assert_array_equal(xp.numpy(x), host)
+
+
+@pytest.mark.libraries("strided")
+def test_outs_that_overlap_are_refused(xp):
+    host = np.arange(-4.0, 4.0, dtype=np.float32)
+    memory = xp.array(np.arange(-8.0, 8.0, dtype=np.float32))
+    for x, out in ((memory[:8], memory[4:12]), (memory[:8], memory[:8][::-1])):
+        with pytest.raises(ValueError, match="relu: out overlaps an input without being the"):
+            relu_xp.relu(x, out=out)
+        with pytest.raises(ValueError, match="relu_backward: out overlaps an input"):
+            relu_xp.relu_backward(xp.array(host), x, out=out)
+        with pytest.raises(ValueError, match="relu_backward: out overlaps an input"):
+            relu_xp.relu_backward(x, xp.array(host), out=out)
+    broadcast = xp.array(np.lib.stride_tricks.as_strided(host, (8,), (0,)))
+    with pytest.raises(ValueError, match="relu: out is a broadcast view"):
+        relu_xp.relu(xp.array(host), out=broadcast)
+    windows = xp.array(np.lib.stride_tricks.as_strided(host, (6, 3), (4, 4)))
+    with pytest.raises(ValueError, match="relu: out is a broadcast view"):
+        relu_xp.relu(xp.array(np.zeros((6, 3), np.float32)), out=windows)
+
+
+def test_outs_of_immutable_arrays_are_refused(require):
+    jnp = require("jax").numpy
+    x = jnp.ones(3)
+    for call in (relu_xp.relu, relu_xp.relu_grad, relu_xp.relu_vjp):
+        with pytest.raises(TypeError, match="out cannot be written: its library"):
+            call(x, out=x)
+    with pytest.raises(TypeError, match="forward: out cannot be written"):
+        relu_xp.ReLU(inplace=True).forward(x)
+
+
+def test_overlap_is_seen_in_pytorch_too(require):
+    torch = require("torch")
+    memory = torch.arange(-8.0, 8.0)
+    with pytest.raises(ValueError, match="relu: out overlaps an input without being the same"):
+        relu_xp.relu(memory[:8], out=memory[4:12])
+    with pytest.raises(ValueError, match="relu: out is a broadcast view"):
+        relu_xp.relu(memory[:8], out=torch.zeros(1).expand(8))
+    assert relu_xp.relu(memory[:8], out=memory[:8]).sum() == 0
+    assert memory[:8].sum() == 0
+
+
+def test_read_only_arrays():
+    x = np.array([-1.0, 2.0])
+    x.flags.writeable = False
+    np.testing.assert_array_equal(relu_xp.relu(x), [0, 2])
+    _, pullback = relu_xp.relu_vjp(x)
+    np.testing.assert_array_equal(pullback(x), [0, 2])
+    with pytest.raises(ValueError, match="relu: out is read-only"):
+        relu_xp.relu(np.ones(2), out=x)
+    np.testing.assert_array_equal(x, [-1, 2])
+
+
+def test_memory_maps_are_arrays(tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(3, 5))
+    x[:] = np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)
+    for numbers in ({}, {"negative_slope": 0.5}):
+        y, pullback = relu_xp.relu_vjp(x, **numbers)
+        results = [y, relu_xp.relu(x, **numbers), pullback(x), relu_xp.relu_backward(x, x)]
+        assert [type(result) for result in results] == [np.ndarray] * 4
+    np.testing.assert_array_equal(relu_xp.relu(x), np.maximum(x, 0))
+    assert relu_xp.relu(x, out=x) is x
+    assert x.min() == 0
+
+
+def test_unaligned_arrays():
+    memory = np.zeros(4 * 10 + 1, np.uint8)
+    x = memory[1:].view(np.float32)
+    assert not x.flags.aligned
+    x[:] = np.linspace(-1, 1, 10)
+    y, pullback = relu_xp.relu_vjp(x, negative_slope=0.5)
+    np.testing.assert_array_equal(y, np.where(x > 0, x, x * np.float32(0.5)))
+    np.testing.assert_array_equal(relu_xp.relu(x), np.maximum(x, 0))
+    np.testing.assert_array_equal(pullback(x), y)
