@@ -102,12 +102,19 @@ class Activation:
         return rounded
 
 
-@functools.lru_cache(maxsize=1024, typed=True)  # typed: True == 1, but a bool is to be refused
 def activation_of(
     negative_slope: float, threshold: float, positive_slope: float, max_value: float | None
 ) -> Activation:
     """Return the one `Activation` with these numbers; a call costs far less than building it."""
+    try:
+        return _activation(threshold, negative_slope, positive_slope, max_value)
+    except TypeError:
+        pass  # one of them cannot be hashed, say: `Activation` tells better what is wrong
     return Activation(threshold, negative_slope, positive_slope, max_value)
+
+
+# typed: True == 1, but a bool is to be refused, however often 1 was seen
+_activation = functools.lru_cache(maxsize=1024, typed=True)(Activation)
 
 
 def _real(name: str, value: Any) -> float:

@@ -21,7 +21,18 @@ from relu_xp.backends import numpy as numpy_backend
 if TYPE_CHECKING:
     from relu_xp.backends import Backend
 
-__all__ = ["BACKENDS", "ENTRY_POINTS", "backend_for", "describe", "how_to_move"]
+__all__ = [
+    "BACKENDS",
+    "ENTRY_POINTS",
+    "LIBRARIES",
+    "LibraryError",
+    "availability",
+    "backend_for",
+    "describe",
+    "how_to_move",
+    "namespace",
+    "serving",
+]
 
 ENTRY_POINTS = "relu_xp.backends"
 
@@ -30,6 +41,22 @@ BACKENDS: dict[type, Backend] = {np.ndarray: numpy_backend, np.memmap: numpy_bac
 _BUILT_IN = {"cupy": "relu_xp.backends.cupy"}
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
+
+LIBRARIES = (*_NAMES, "array_api_strict")  # those that are tested; any other serves by its name
+
+
+class LibraryError(ValueError):
+    """A library that was asked for by name and cannot be had.
+
+    Attributes
+    ----------
+    reason : str
+        Why, in one line, without the name.
+    """
+
+    def __init__(self, name: str, reason: str, advice: str = "") -> None:
+        super().__init__(f"backend {name!r} is {reason}{advice}")
+        self.reason = reason
 
 
 def backend_for(function: str, argument: str, x: Any) -> Backend:
@@ -72,6 +99,67 @@ def how_to_move(argument: str, source: tuple[str, Hashable], target: tuple[str, 
     if (source[0], target[0]) == ("cupy", "numpy"):
         return f"cupy.asnumpy({argument})"
     return f"{_MODULES.get(target[0], target[0])}.asarray({argument})"
+
+
+def namespace(name: str) -> Any:
+    """Import an array library by name, and make an array to see that it works.
+
+    Parameters
+    ----------
+    name : str
+        Of the library's package, for example ``"cupy"`` or ``"jax"``.
+
+    Returns
+    -------
+    module
+        Its array API namespace, the one of array_api_compat where there is one.
+
+    Raises
+    ------
+    LibraryError
+        If it is not installed, does not work on this machine, or is not an array library.
+    """
+    try:
+        if not name.isidentifier():
+            raise ModuleNotFoundError(name=name)
+        library = importlib.import_module(_MODULES.get(name, name))
+        x = library.asarray([0.0]) if hasattr(library, "asarray") else None
+    except Exception as error:  # a broken installation, or driver, raises anything
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            advice = f"; try {', '.join(_NAMES)}"
+            raise LibraryError(name, "not installed", advice) from None
+        raise LibraryError(name, f"not available: {_in_one_line(error)}") from error
+    try:
+        return array_api_compat.array_namespace(x)
+    except TypeError:
+        raise LibraryError(name, "not an array API library") from None
+
+
+def availability(name: str) -> str | None:
+    """Return None if `namespace` would serve a library, else why not, in one line."""
+    try:
+        namespace(name)
+    except LibraryError as error:
+        return error.reason
+    return None
+
+
+def serving(name: str) -> str:
+    """Return the module of the backend that serves a library's arrays, without importing it."""
+    if name == "numpy":
+        return str(cast(Any, BACKENDS[np.ndarray]).__name__)
+    if name not in _BUILT_IN:
+        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
+            return entry_point.value
+    return _BUILT_IN.get(name, "relu_xp.backends.generic")
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Return what an error says, or the one that caused it: CuPy wraps its own in a page."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if any(map(str.isalnum, line))), type(error).__name__)
 
 
 def _library_of(function: str, argument: str, x: Any) -> str:

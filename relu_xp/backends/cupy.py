@@ -127,16 +127,15 @@ template <class T> __device__ T upper(T b, T x) {
 // 0 at or below the knee, 1 above it, 2 at the ceiling.
 template <class T> __device__ int piece(T x, unsigned long long infinity, unsigned long long span,
                                         T b, bool capped, unsigned long long ceiling_span) {
-  if (!above(x, infinity, span)) return 0;
-  return capped && reaches(upper(b, x), infinity, ceiling_span) ? 2 : 1;
+  const bool ceiling = capped & reaches(upper(b, x), infinity, ceiling_span);
+  return above(x, infinity, span) ? ceiling ? 2 : 1 : 0;
 }
 
-template <class T> __device__ T forward(int piece, T x, T a, T b, T c) {
-  return piece == 0 ? lower(a, x) : piece == 1 ? upper(b, x) : c;
-}
-
-template <class T> __device__ T backward(int piece, T dy, T a, T b) {
-  return piece == 0 ? lower(a, dy) : piece == 1 ? upper(b, dy) : from_bits<T>(0);
+// Both candidates first, then a select: a load that only one branch needs would sink into it.
+template <class T> __device__ T choose(int piece, T value, T a, T b, T ceiling) {
+  const T high = upper(b, value), low = lower(a, value);
+  const T rest = piece == 2 ? ceiling : low;
+  return piece == 1 ? high : rest;
 }
 
 }  // namespace relu_xp
@@ -159,7 +158,7 @@ KERNELS = {
         "T y",
         f"""
         const T value = x;
-        y = relu_xp::forward({_PIECE.format(b="b")}, value, a, b, c);
+        y = relu_xp::choose({_PIECE.format(b="b")}, value, a, b, c);
         """,
     ),
     "forward_bits": _kernel(  # a thread a byte of the mask: eight elements
@@ -174,7 +173,7 @@ KERNELS = {
         for (int k = 0; k < count; ++k) {{
             const T value = x[first + k];
             const int piece = {_PIECE.format(b="b")};
-            y[first + k] = relu_xp::forward(piece, value, a, b, c);
+            y[first + k] = relu_xp::choose(piece, value, a, b, c);
             byte |= static_cast<unsigned int>(piece == 1) << k;
         }}
         mask[i] = static_cast<unsigned char>(byte);
@@ -187,7 +186,7 @@ KERNELS = {
         f"""
         const T value = x;
         const int piece = {_PIECE.format(b="b")};
-        y = relu_xp::forward(piece, value, a, b, c);
+        y = relu_xp::choose(piece, value, a, b, c);
         mask = static_cast<unsigned char>(piece);
         """,
     ),
@@ -198,7 +197,7 @@ KERNELS = {
         """
         const T value = dy;
         const int byte = mask[i >> 3];
-        dx = relu_xp::backward(byte >> (i & 7) & 1, value, a, b);
+        dx = relu_xp::choose(byte >> (i & 7) & 1, value, a, b, T(0.0f));
         """,
     ),
     "backward_bytes": _kernel(
@@ -208,7 +207,7 @@ KERNELS = {
         """
         const T value = dy;
         const int piece = mask;
-        dx = relu_xp::backward(piece, value, a, b);
+        dx = relu_xp::choose(piece, value, a, b, T(0.0f));
         """,
     ),
     "backward_from_input": _kernel(
@@ -218,7 +217,7 @@ KERNELS = {
         f"""
         const T gradient = dy;
         const X value = x;
-        dx = relu_xp::backward({_PIECE.format(b="factor")}, gradient, a, b);
+        dx = relu_xp::choose({_PIECE.format(b="factor")}, gradient, a, b, T(0.0f));
         """,
     ),
     "forward_integer": _kernel(

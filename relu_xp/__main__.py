@@ -1,0 +1,265 @@
+"""The command line: ``relu-xp`` and ``python -m relu_xp``.
+
+A subcommand is a function that takes the parsed arguments and returns an exit code; `_parser` lists
+them. What is wrong with a request is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from relu_xp import __version__, dispatch, plotting, training
+
+__all__ = ["main"]
+
+# Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
+_OPTIONAL = ("ml_dtypes", "numba", "sklearn", "tqdm", "matplotlib")
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_LABEL, _WIDTH = 20, 79
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments; those of the process by default.
+
+    Returns
+    -------
+    int
+        Exit code: 0, or 130 after Ctrl-C.
+
+    Raises
+    ------
+    SystemExit
+        With code 2 after a bad request, with 0 after ``--help`` and ``--version``.
+    """
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    try:
+        code = run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{arguments.parser.prog}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has enough
+        # Python flushes once more when it ends: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="relu-xp", description="One ReLU layer for every array library.")
+    parser.add_argument("--version", action="version", version=f"relu-xp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> _Parser:
+        command = commands.add_parser(
+            name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+        )
+        command.set_defaults(run=run, parser=command)
+        return command
+
+    add("info", _info, "tell versions, backends, kernels, GPU and threads")
+    command = add("train", _train, "train a small classifier of digits")
+    command.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="array library: numpy, cupy, torch, jax or another (default: cupy if it has a device, "
+        "else numpy)",
+    )
+    command.add_argument(
+        "--epochs",
+        type=_whole_number(1),
+        default=training.EPOCHS,
+        metavar="N",
+        help="how often each image is seen (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed",
+        type=_whole_number(0),
+        default=0,
+        metavar="N",
+        help="of all random numbers (default: %(default)s)",
+    )
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw the learning curve into a .png or .svg file"
+    )
+    return parser
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    """Return a function that reads a whole number of at least `least` from an argument."""
+
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return number
+
+    return read
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.plot is not None:
+            try:
+                plotting.check_file(arguments.plot)
+            except (ValueError, OSError) as error:
+                arguments.parser.error(f"argument --plot: {error}")
+        training.require_extra()
+        setting = training.choose(arguments.backend)
+    except (dispatch.LibraryError, training.MissingExtraError) as error:
+        arguments.parser.error(str(error))
+
+    _print_table(
+        {"backend": setting.backend, "device": setting.device, "seed": str(arguments.seed)}
+    )
+    sys.stdout.flush()  # ahead of the progress bar, also where stdout is a file
+    result = training.train(
+        setting.backend, epochs=arguments.epochs, seed=arguments.seed, progress=True
+    )
+    _print_table(
+        {
+            "loss": f"{result.losses[-1]:.4f}",
+            "test accuracy": f"{result.accuracies[-1]:.2%}".replace("%", " %"),
+            "images a second": f"{result.images_per_second:,.0f}",
+        }
+    )
+    if arguments.plot is not None:
+        try:
+            plotting.learning_curve(result, arguments.plot)
+        except OSError as error:  # the disk has changed its mind meanwhile
+            arguments.parser.error(f"argument --plot: {error}")
+        _print_table({"learning curve": arguments.plot})
+    return 0
+
+
+def _info(_: argparse.Namespace) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of libraries being imported: here they are only counted
+        reasons = {name: dispatch.availability(name) for name in dispatch.LIBRARIES}
+        sections = {
+            "Versions": _versions(),
+            "Backends": {
+                name: "available" if reason is None else reason for name, reason in reasons.items()
+            },
+            "Kernels": {name: _kernels(name) for name in dispatch.LIBRARIES},
+            "Third-party backends": _third_party(),
+            "GPU": dict(_gpus(reasons["cupy"])),
+            "CPU": {"threads": f"{_threads()} (CPUs that this process may use)"},
+        }
+    for number, (title, rows) in enumerate(sections.items()):
+        print(f"{chr(10) if number else ''}{title}")
+        _print_table(rows, indent="  ")
+    return 0
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of this package, Python and what it works with, importing nothing."""
+    versions = {"relu_xp": __version__, "Python": platform.python_version()}
+    try:
+        distributions: Mapping[str, list[str]] = importlib.metadata.packages_distributions()
+    except Exception:  # the metadata of any package whatever may be broken
+        distributions = {}
+    for module in dict.fromkeys(("numpy", "array_api_compat", *dispatch.LIBRARIES, *_OPTIONAL)):
+        found = dict.fromkeys(distributions.get(module, ()))  # CuPy has several; a name may recur
+        texts = [_version(module, distribution) for distribution in found]
+        versions[module] = ", ".join(texts) or "not installed"
+    return versions
+
+
+def _version(module: str, distribution: str) -> str:
+    """Return a distribution's version, and its name where that is another than the module's."""
+    try:
+        version = importlib.metadata.version(distribution)
+    except Exception:
+        version = "unknown"
+    same = distribution.lower().replace("-", "_") == module
+    return version if same else f"{version} ({distribution})"
+
+
+def _kernels(library: str) -> str:
+    """Tell what serves a library's arrays: the backend's module, and its GPU kernels if any."""
+    module = dispatch.serving(library)
+    try:
+        kernels = importlib.import_module(module.partition(":")[0]).KERNELS
+        kind = type(next(iter(kernels.values()))).__name__
+    except Exception:  # it has none, or its library is not there
+        return module
+    return f"{module} ({len(kernels)} of type {kind})"
+
+
+def _third_party() -> dict[str, str]:
+    """Return the backends that other packages bring, by the library that they serve."""
+    entry_points = importlib.metadata.entry_points(group=dispatch.ENTRY_POINTS)
+    return {entry_point.name: entry_point.value for entry_point in entry_points} or {"none": ""}
+
+
+def _gpus(reason: str | None) -> Iterator[tuple[str, str]]:
+    """Yield what CuPy knows of the devices, or why (`reason`) it knows of none."""
+    if reason is not None:
+        yield "none", f"CuPy: {reason}"
+        return
+    try:
+        import cupy
+
+        runtime = cupy.cuda.runtime
+        for number in range(runtime.getDeviceCount()):
+            properties: dict[str, Any] = runtime.getDeviceProperties(number)
+            memory = properties["totalGlobalMem"] / 2**30
+            capability = f"{properties['major']}.{properties['minor']}"
+            yield (
+                f"device {number}",
+                f"{properties['name'].decode()}, {memory:.1f} GiB, compute capability {capability}",
+            )
+        yield "driver", f"CUDA {_cuda_version(runtime.driverGetVersion())}"
+        yield "runtime", f"CUDA {_cuda_version(runtime.runtimeGetVersion())}"
+    except Exception as error:
+        yield "unknown", f"{type(error).__name__}: {error}"
+
+
+def _cuda_version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _threads() -> int:
+    """Return how many CPUs this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _print_table(rows: Mapping[str, str], indent: str = "") -> None:
+    """Print labelled values, aligned, in lines of at most 79 characters where words allow it."""
+    for label, value in rows.items():
+        start = f"{indent}{label:<{_LABEL - len(indent)}}"
+        lines = textwrap.wrap(value, _WIDTH, initial_indent=start, subsequent_indent=" " * _LABEL)
+        print("\n".join(lines) or start.rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
