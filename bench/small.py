@@ -77,14 +77,14 @@ def main() -> None:
     result: dict[str, Any] = {"conditions": conditions("torch"), "microseconds": medians}
     median = medians["10 float32"]
     limit = 1.3 * median["np.maximum(x, 0)"] + 0.5
-    result["relu over its limit"] = median["relu_xp.relu(x)"] / limit
+    result["relu_over_its_limit"] = median["relu_xp.relu(x)"] / limit
     print(
         f"relu(x), 10 elements: {median['relu_xp.relu(x)']:.2f} us; limit 1.3 np.maximum + 0.5 us"
     )
     print(f"  = {limit:.2f} us")
     if "torch.relu + autograd" in layer_times:
         ratio = median_ratio(layer_times, "relu_xp.ReLU", "torch.relu + autograd")
-        result["layer over PyTorch's autograd"] = ratio
+        result["layer_over_autograd"] = ratio
         print(
             f"layer forward + backward over PyTorch's autograd round trip: {ratio:.2f}; limit 0.55"
         )

@@ -119,20 +119,23 @@ def namespace(name: str) -> Any:
     LibraryError
         If it is not installed, does not work on this machine, or is not an array library.
     """
+    module = _MODULES.get(name, name)
     try:
         if not name.isidentifier():
             raise ModuleNotFoundError(name=name)
-        library = importlib.import_module(_MODULES.get(name, name))
+        library = importlib.import_module(module)
         x = library.asarray([0.0]) if hasattr(library, "asarray") else None
+        try:
+            return array_api_compat.array_namespace(x)
+        except TypeError:
+            raise LibraryError(name, "not an array API library") from None
+    except LibraryError:
+        raise
     except Exception as error:  # a broken installation, or driver, raises anything
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
+        if isinstance(error, ModuleNotFoundError) and error.name in (name, module):
             advice = f"; try {', '.join(_NAMES)}"
             raise LibraryError(name, "not installed", advice) from None
         raise LibraryError(name, f"not available: {_in_one_line(error)}") from error
-    try:
-        return array_api_compat.array_namespace(x)
-    except TypeError:
-        raise LibraryError(name, "not an array API library") from None
 
 
 def availability(name: str) -> str | None:

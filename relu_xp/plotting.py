@@ -84,7 +84,9 @@ def learning_curve(result: Result, file: str | os.PathLike[str]) -> None:
         lower.yaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))
         lower.set_ylabel("test accuracy (%)")
         lower.set_xlabel("epoch")
-        lower.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, min_n_ticks=1))
+        lower.xaxis.set_major_locator(
+            ticker.MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+        )
         for axes in (upper, lower):
             axes.grid(color=_LIGHT, linewidth=0.8)
             axes.set_axisbelow(True)

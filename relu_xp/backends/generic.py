@@ -87,7 +87,7 @@ def check_out(out: Any, inputs: Sequence[Any]) -> None:
     """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
     if not array_api_compat.is_writeable_array(out):
         raise TypeError(
-            "out cannot be written: its library's arrays are immutable; leave out= (or inplace=) away"
+            "out cannot be written: its library's arrays are immutable; leave out= or inplace= away"
         )
     seen = _memory(out)
     if seen is not None:

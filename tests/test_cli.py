@@ -1,0 +1,438 @@
+"""The command line: what it prints, and that what is wrong with a request is one line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+from libraries import LIBRARIES
+
+import relu_xp
+from relu_xp import dispatch, plotting, training
+from relu_xp.__main__ import main
+
+ROOT = Path(relu_xp.__file__).parent.parent
+
+
+def run(*arguments, path=()):
+    """Run the command line as a process of its own."""
+    paths = [*map(str, path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return subprocess.run(
+        [sys.executable, "-m", "relu_xp", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs a bad request and returns the one line about it."""
+
+    def check(*arguments, program="relu-xp train"):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert out == ""
+        assert err.endswith("\n")
+        assert len(err.splitlines()) == 1
+        start = f"{program}: error: "
+        assert err.startswith(start)
+        return err.removeprefix(start).rstrip("\n")
+
+    return check
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Let `train` return at once: what is tested is what comes before and after."""
+    result = training.Result("numpy", "cpu", 5, (1.25, 0.5), (0.8, 0.975), 12345.6)
+    calls = []
+
+    def train(*arguments, **keywords):
+        calls.append((arguments, keywords))
+        return result
+
+    monkeypatch.setattr(training, "train", train)
+    return calls
+
+
+# ---- train
+
+
+def test_the_default_run_recognises_97_percent(require, capsys):
+    require("sklearn"), require("tqdm")
+    assert main(["train", "--backend", "numpy"]) == 0
+    out, err = capsys.readouterr()
+    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in out.splitlines())
+    assert list(lines) == [
+        "backend",
+        "device",
+        "seed",
+        "loss",
+        "test accuracy",
+        "images a second",
+    ]
+    assert (lines["backend"], lines["device"], lines["seed"]) == ("numpy", "cpu", "0")
+    assert float(lines["test accuracy"].removesuffix(" %")) >= 97
+    assert float(lines["loss"]) < 0.1
+    assert int(lines["images a second"].replace(",", "")) > 0
+    assert f"{training.EPOCHS}/{training.EPOCHS}" in err, "no progress bar"
+    assert "test accuracy 9" in err
+
+
+def test_options_reach_the_training(require, quick, capsys):
+    require("sklearn"), require("tqdm")
+    assert main(["train", "--backend", "numpy", "--epochs", "2", "--seed", "5"]) == 0
+    assert quick == [(("numpy",), {"epochs": 2, "seed": 5, "progress": True})]
+    assert capsys.readouterr().out.split("\n") == [
+        "backend             numpy",
+        "device              cpu",
+        "seed                5",
+        "loss                0.5000",
+        "test accuracy       97.50 %",
+        "images a second     12,346",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: '0' is not a whole number from 1 up"),
+        (["--epochs", "-1"], "argument --epochs: '-1' is not a whole number from 1 up"),
+        (["--epochs", "abc"], "argument --epochs: 'abc' is not a whole number from 1 up"),
+        (["--epochs", "1.5"], "argument --epochs: '1.5' is not a whole number from 1 up"),
+        (["--epochs", ""], "argument --epochs: '' is not a whole number from 1 up"),
+        (["--epochs"], "argument --epochs: expected one argument"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 up"),
+        (["--seed", "x\ny"], "argument --seed: 'x\\ny' is not a whole number from 0 up"),
+        (["--backend", "json"], "backend 'json' is not an array API library"),
+        (["--backend", "a\nb"], "backend 'a\\nb' is not installed; try numpy, "),
+        (["--backend", "no_such"], "backend 'no_such' is not installed; try numpy, cupy, torch, "),
+    ],
+)
+def test_a_bad_value_is_one_line(require, refused, quick, arguments, message):
+    require("sklearn"), require("tqdm")
+    assert refused("train", *arguments).startswith(message)
+    assert quick == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
+        (["info", "--no\nsuch"], "unrecognized arguments: --no such"),
+    ],
+)
+def test_a_bad_command_is_one_line(refused, arguments, message):
+    assert refused(*arguments, program="relu-xp").startswith(message)
+
+
+def test_cupy_without_a_device_says_so(require, refused, request):
+    require("cupy")
+    if LIBRARIES["cupy"].load() is None:
+        pytest.skip("CuPy has a device here")
+    message = refused("train", "--backend", "cupy")
+    assert re.match("backend 'cupy' is not available: .*(CUDA|cuda)", message)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        ("sklearn.datasets", [], r"training needs scikit-learn .*: pip install 'relu-xp\[demo\]'"),
+        ("tqdm", [], r"training needs .* tqdm .*: pip install 'relu-xp\[demo\]'"),
+        ("matplotlib", ["--plot", "c.png"], r"a picture needs .*: pip install 'relu-xp\[plot\]'"),
+        ("torch", ["--backend", "torch"], "backend 'torch' is not installed; try numpy"),
+        ("jax", ["--backend", "jax"], "backend 'jax' is not installed; try numpy"),
+    ],
+)
+def test_a_missing_package_is_one_line(
+    refused, quick, monkeypatch, tmp_path, module, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    if module in ("torch", "jax"):  # the demo's own packages come first, and may be missing too
+        monkeypatch.setattr(training, "require_extra", lambda: None)
+    assert re.match(message, refused("train", *arguments))
+    assert quick == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_traceback_from_a_process():
+    result = run("train", "--backend", "json")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("relu-xp train: error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_is_130_without_a_traceback(require, monkeypatch, capsys):
+    require("sklearn"), require("tqdm")
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    assert main(["train", "--backend", "numpy"]) == 130
+    assert capsys.readouterr().err == "relu-xp train: interrupted\n"
+
+
+# ---- train --plot
+
+
+@pytest.fixture
+def pictures(require):
+    """What a test that draws needs."""
+    require("matplotlib"), require("sklearn"), require("tqdm")
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_png(quick, capsys, tmp_path):
+    file = tmp_path / "curve.png"
+    file.write_bytes(b"an old picture")
+    assert main(["train", "--backend", "numpy", "--plot", str(file)]) == 0
+    assert "learning curve" in capsys.readouterr().out
+    data = file.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+    assert width >= 600
+    assert height >= 400
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+
+
+@pytest.mark.usefixtures("pictures")
+def test_an_svg(quick, capsys, tmp_path):
+    file = tmp_path / "curve.SVG"
+    assert main(["train", "--backend", "numpy", "--plot", str(file)]) == 0
+    root = ElementTree.parse(file).getroot()
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    text = file.read_text(encoding="utf-8")  # matplotlib keeps each text as a comment
+    for words in ("epoch", "training loss (nats, log scale)", "test accuracy (%)"):
+        assert f"<!-- {words} -->" in text
+    assert "<!-- Digits classifier: numpy, seed 5, test accuracy 97.5% -->" in text
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("suffix", plotting.FORMATS)
+@pytest.mark.parametrize("epochs", [1, 200])
+def test_the_same_result_gives_the_same_picture(tmp_path, suffix, epochs):
+    losses = tuple(2.0 / (epoch + 1) for epoch in range(epochs))
+    result = training.Result("numpy", "cpu", 0, losses, (0.5,) * epochs, 1.0)
+    files = [tmp_path / f"{number}{suffix}" for number in (1, 2)]
+    for file in files:
+        plotting.learning_curve(result, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("name", ["curve.gif", "curve", ".png", "png", ""])
+def test_another_ending_is_refused_before_training(refused, quick, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    message = refused("train", "--backend", "numpy", "--plot", name)
+    assert message == f"argument --plot: {name!r} must end in .png or .svg"
+    assert quick == []
+
+
+@pytest.mark.usefixtures("pictures")
+@pytest.mark.parametrize("case", ["no folder", "a file for a folder", "a folder", "read-only"])
+def test_an_unwritable_file_is_refused_before_training(refused, quick, tmp_path, case, monkeypatch):
+    (tmp_path / "file").write_bytes(b"text")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "old.png").write_bytes(b"old")
+    target, reason = {
+        "no folder": (tmp_path / "none" / "curve.png", "No such file or directory"),
+        "a file for a folder": (tmp_path / "file" / "curve.png", "Not a directory"),
+        "a folder": (tmp_path / "folder.png", "it is a directory"),
+        "read-only": (tmp_path / "old.png", "it is read-only"),
+    }[case]
+    if case == "read-only":  # by hand: an administrator may write to any file
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    before = sorted(tmp_path.rglob("*"))
+    message = refused("train", "--backend", "numpy", "--plot", str(target))
+    assert message == f"argument --plot: cannot write {str(target)!r}: {reason}"
+    assert quick == []
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.png").read_bytes() == b"old"
+
+
+@pytest.mark.usefixtures("pictures")
+def test_the_check_leaves_an_old_picture_alone(tmp_path):
+    file = tmp_path / "curve.png"
+    file.write_bytes(b"old")
+    plotting.check_file(file)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.usefixtures("pictures")
+def test_a_disk_that_fails_leaves_the_old_picture(tmp_path, monkeypatch):
+    file = tmp_path / "curve.png"
+    file.write_bytes(b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    result = training.Result("numpy", "cpu", 0, (1.0,), (0.5,), 1.0)
+    with pytest.raises(OSError, match="^cannot write .*: No space left on device$"):
+        plotting.learning_curve(result, file)
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+# ---- info, --version
+
+
+def sections(out):
+    """Return the sections of `info` by title, each with its lines' values by label."""
+    return {
+        block.splitlines()[0]: dict(
+            [*re.split(r"\s{2,}", line[2:], maxsplit=1), ""][:2]
+            for line in block.splitlines()[1:]
+            if line[2] != " "  # the rest of a long value
+        )
+        for block in out.strip().split("\n\n")
+    }
+
+
+@pytest.fixture(scope="module")
+def info():
+    """The output of ``python -m relu_xp info``."""
+    result = run("info")
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def test_info_names_everything(info):
+    found = sections(info)
+    assert list(found) == [
+        "Versions",
+        "Backends",
+        "Kernels",
+        "Third-party backends",
+        "GPU",
+        "CPU",
+    ]
+    assert found["Versions"]["relu_xp"] == relu_xp.__version__
+    assert found["Versions"]["Python"] == ".".join(map(str, sys.version_info[:3]))
+    assert list(found["Backends"]) == list(found["Kernels"]) == list(dispatch.LIBRARIES)
+    assert set(dispatch.LIBRARIES) >= {"numpy", "cupy", "torch", "jax", "dask", "array_api_strict"}
+    assert found["Backends"]["numpy"] == "available"
+    assert found["Kernels"]["numpy"] == dispatch.serving("numpy")
+    assert found["Kernels"]["cupy"].startswith("relu_xp.backends.cupy")
+    assert re.match(r"[1-9]\d* ", found["CPU"]["threads"])
+
+
+def test_info_fits_80_columns(info):
+    assert max(map(len, info.splitlines())) < 80
+    assert not re.search(" $", info, re.MULTILINE)
+
+
+def test_info_counts_the_gpu_kernels(require, info):
+    count = len(require("relu_xp.backends.cupy").KERNELS)
+    assert f"relu_xp.backends.cupy ({count} of type ElementwiseKernel)" in info
+
+
+def test_info_tells_the_gpu_or_why_there_is_none(info):
+    gpu = sections(info)["GPU"]
+    if LIBRARIES["cupy"].load() is None:
+        assert "GiB" in gpu["device 0"]
+        assert gpu["driver"].startswith("CUDA ")
+    else:
+        assert gpu["none"].startswith("CuPy: not ")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "raise ImportError('\\n====\\nFailed to import\\n') from OSError('libcudart is missing')",
+        "raise OSError('libcudart is missing')",
+        "1 / 0",
+        "class ndarray: pass\ndef asarray(x): raise RuntimeError",
+        "",  # an empty folder called cupy imports, too, and then trips array_api_compat
+    ],
+)
+def test_info_survives_a_broken_cupy(tmp_path, source):
+    """Of any kind; the other libraries are left out here, because they take seconds to import."""
+    (tmp_path / "cupy.py").write_text(source + "\n")
+    for name in ("torch", "jax", "dask"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    result = run("info", path=[tmp_path])
+    assert (result.returncode, result.stderr) == (0, "")
+    found = sections(result.stdout)
+    reason = found["Backends"]["cupy"]
+    assert reason.startswith("not a" if source else "not ")
+    assert "libcudart" not in source or reason.endswith("libcudart is missing")
+    assert found["GPU"]["none"] == f"CuPy: {reason}"
+    assert found["Backends"]["torch"] == found["Backends"]["jax"] == "not installed"
+
+
+def test_info_survives_a_device_that_fails(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "availability", lambda name: None)
+    monkeypatch.setitem(sys.modules, "cupy", object())
+    assert main(["info"]) == 0
+    assert sections(capsys.readouterr().out)["GPU"]["unknown"].startswith("AttributeError: ")
+
+
+def test_info_names_a_backend_from_elsewhere(tmp_path):
+    metadata = tmp_path / "fast_relu-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-relu\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[relu_xp.backends]\ntorch = fast_relu.torch\nnovel = fast_relu.novel\n"
+    )
+    for name in ("torch", "jax", "dask", "cupy"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    found = sections(run("info", path=[tmp_path]).stdout)
+    assert found["Third-party backends"] == {
+        "torch": "fast_relu.torch",
+        "novel": "fast_relu.novel",
+    }
+    assert found["Kernels"]["torch"] == "fast_relu.torch"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"relu-xp {relu_xp.__version__}\n"
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert re.search("^ +info ", out, re.MULTILINE)
+    assert re.search("^ +train ", out, re.MULTILINE)
+
+
+def test_a_reader_that_stops_early_is_no_error():
+    script = f"{sys.executable} -m relu_xp --help; {sys.executable} -m relu_xp info"
+    result = subprocess.run(
+        ["sh", "-c", f"({script}) | head -n 1"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert "Traceback" not in result.stderr
+    assert "BrokenPipe" not in result.stderr
+
+
+def test_the_command_line_loads_no_optional_library():
+    names = ["cupy", "dask", "jax", "matplotlib", "numba", "sklearn", "torch", "tqdm"]
+    script = f"import sys, relu_xp.__main__; print([n for n in {names} if n in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert result.stdout == "[]\n"

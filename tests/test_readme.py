@@ -1,0 +1,90 @@
+"""The README tells the truth: its blocks run, and its table is what comes out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import unavailable
+from libraries import LIBRARIES
+
+import relu_xp
+
+README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+def blocks():
+    for number, block in enumerate(BLOCKS):
+        marks = [pytest.mark.gpu] if "cupy" in block else []
+        yield pytest.param(number, marks=marks, id=f"block{number}")
+
+
+@pytest.mark.parametrize("number", list(blocks()))
+def test_blocks_run(number, request):
+    if "cupy" in BLOCKS[number]:
+        reason = LIBRARIES["cupy"].load()
+        if reason:
+            unavailable(request.config, reason, gpu=True)
+    names = {}
+    for block in BLOCKS[: number + 1]:
+        if "cupy" not in block or block is BLOCKS[number]:
+            exec(compile(block, README.name, "exec"), names)
+
+
+def test_there_are_blocks():
+    assert len(BLOCKS) == 4
+
+
+def test_the_truth_table_is_computed():
+    assert table() in README.read_text(), f"the README should have\n{table()}"
+
+
+def table():
+    """Return the README's table, with what is wrong of others' formulas in bold."""
+    titles = ["-inf", "-1", "-0.0", "0.0", "1e-40", "3", "inf", "nan"]
+    x = np.array([float(title) for title in titles], np.float32)
+
+    def dy(value):
+        return np.full_like(x, value)
+
+    relu = relu_xp.relu(x)
+    gradients = {v: relu_xp.relu_backward(dy(v), x) for v in (np.nan, -1.0)}
+    with np.errstate(invalid="ignore"):
+        rows = [
+            ("relu(x)", relu, relu),
+            ("relu_grad(x)", relu_xp.relu_grad(x), None),
+            ("relu_backward(nan, x)", gradients[np.nan], None),
+            ("relu_backward(-1, x)", gradients[-1], None),
+            ("relu6(x)", relu_xp.relu6(x), None),
+            ("leaky_relu(x, 0.1)", relu_xp.leaky_relu(x, 0.1), None),
+            ("x * (x > 0)", x * (x > 0), relu),
+            ("(abs(x) + x) / 2", (abs(x) + x) / 2, relu),
+            ("np.where(x > 0, x, 0)", np.where(x > 0, x, np.float32(0)), relu),
+            ("-1 * (x > 0)", dy(-1) * (x > 0), gradients[-1]),
+            ("nan * (x > 0)", dy(np.nan) * (x > 0), gradients[np.nan]),
+        ]
+    lines = [f"| x | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for title, values, right in rows:
+        cells = [f"{float(f'{value:.3g}')}" for value in values]
+        if right is not None:
+            same = [str(value) == str(other) for value, other in zip(values, right, strict=True)]
+            cells = [c if ok else f"**{c}**" for c, ok in zip(cells, same, strict=True)]
+        lines.append(f"| `{title}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def test_its_figures_are_those_of_the_results():
+    """Each figure of the speed table stands in the JSON that it names."""
+    text = README.read_text()
+    result = json.loads((README.parent / "bench/results/small.json").read_text())
+    section = text[text.index("## Speed") : text.index("## License")]
+    for medians in result["microseconds"].values():
+        for name, microseconds in medians.items():
+            assert f"| `{name}` | {microseconds:.2f} |" in section
+    assert result["conditions"]["date"] in section
+    assert result["conditions"]["processor"] in section
+    assert f"{result['layer_over_autograd']:.2f} of" in section
