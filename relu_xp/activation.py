@@ -192,7 +192,8 @@ class Rounded:
         Whether this is ReLU itself: threshold 0, slopes 0 and 1, no ceiling.
     pieces : int
         3 where a ceiling meets a non-zero negative slope, so that one bit an element cannot say
-        which factor a gradient takes; else 2.
+        which factor a gradient takes; else 2. Asked before rounding: the dtypes of x and dy may
+        differ, and both must read the mask alike.
     infinity_bits, threshold_bits, ceiling_bits : int
         Bit patterns. A ceiling of 0 has those of -0.0, because -0.0 reaches it.
     """
@@ -212,7 +213,7 @@ class Rounded:
         "width",
     )
 
-    def __init__(self, numbers: Activation, dtype_name: str) -> None:
+    def __init__(self, activation: Activation, dtype_name: str) -> None:
         self.dtype_name = dtype_name
         self.floating = dtype_name in _FLOATING
         if self.floating:
@@ -228,15 +229,15 @@ class Rounded:
             )
 
         def convert(name: str) -> float:
-            value: float = getattr(numbers, name)
+            value: float = getattr(activation, name)
             return form.round(value) if self.floating else _whole(name, value, low, high)
 
         self.threshold = t = convert("threshold")
         self.negative_slope = a = convert("negative_slope")
         self.positive_slope = b = convert("positive_slope")
-        self.max_value = c = None if numbers.max_value is None else convert("max_value")
+        self.max_value = c = None if activation.max_value is None else convert("max_value")
         self.plain = t == 0 and a == 0 and b == 1 and c is None
-        self.pieces = 3 if c is not None and a != 0 else 2
+        self.pieces = 3 if c is not None and activation.negative_slope != 0 else 2
         if self.floating:
             self.infinity_bits = form.bits(math.inf)
             self.threshold_bits = form.bits(t)

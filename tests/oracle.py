@@ -26,6 +26,7 @@ MEMBERS = {
     "steep": {"negative_slope": -3.5},
     "tiny-slope": {"negative_slope": 1e-8},
     "relu6": {"max_value": 6.0},
+    "tiny-slope-clipped": {"negative_slope": 1e-8, "max_value": 2.0},
     "clipped-leaky": {"max_value": 0.75, "negative_slope": 0.1},
     "thresholded": {"threshold": 1.0},
     "below-zero": {"threshold": -0.5, "negative_slope": 0.25},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import relu_xp
 from relu_xp import mask as masks
 
-MEMBERS = ("relu", "everything", "relu6")
+MEMBERS = ("relu", "everything", "relu6", "tiny-slope-clipped")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
 
 

@@ -50,11 +50,12 @@ def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
     """Return f'(x) * dy from the pieces. See `relu_xp.backends.Backend`."""
     xp = array_api_compat.array_namespace(dy)
     high, low = _high(numbers, dy), _low(numbers, dy)
+    upper = saved
     if numbers.pieces == 3:
-        dx = xp.where(saved == 1, high, xp.where(saved == 0, low, 0.0))
-    else:
-        dx = xp.where(saved, high, low)
-    return _store(dx, out)
+        upper = saved == 1
+        if numbers.negative_slope != 0:  # else it is 0 already, and a scalar
+            low = xp.where(saved == 2, 0.0, low)
+    return _store(xp.where(upper, high, low), out)
 
 
 def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out: Any) -> Any:
@@ -106,7 +107,9 @@ def _high(numbers: Rounded, x: Any) -> Any:
 
 
 def _low(numbers: Rounded, x: Any) -> Any:
-    return type(numbers.threshold)(0) if numbers.negative_slope == 0 else x * numbers.negative_slope
+    if numbers.negative_slope == 0:
+        return 0.0 if numbers.floating else 0
+    return x * numbers.negative_slope
 
 
 def _pieces(numbers: Rounded, x: Any) -> Any:

@@ -56,7 +56,7 @@ class _Constants:
         self.positive_slope = None if b == 1 else np.array(b, dtype)
         self.three_pieces = numbers.pieces == 3
         self.words = _words(dtype.itemsize)
-        self.selects = a == 0 and b == 1  # f'(x) * dy takes no product
+        self.selects = a == 0 and b == 1 and not self.three_pieces  # f'(x)*dy takes no product
         self.plain = numbers.plain
         self.zero = _ZERO.get(dtype)
         self.nothing = self._bits(0)
