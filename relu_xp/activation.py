@@ -18,9 +18,10 @@ import math
 import numbers
 import struct
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
-__all__ = ["Activation", "Rounded", "activation_of"]
+__all__ = ["Activation", "Rounded", "activation_of", "is_integer"]
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,9 @@ class Activation:
                     f"got max_value={c}, positive_slope={b}, threshold={t}"
                 )
 
-    def __reduce__(self) -> tuple[type[Activation], tuple[float | None, ...]]:
-        return type(self), (
-            self.threshold,
-            self.negative_slope,
-            self.positive_slope,
-            self.max_value,
-        )
+    def __reduce__(self) -> tuple[Any, tuple[float | None, ...]]:
+        numbers = (self.negative_slope, self.threshold, self.positive_slope, self.max_value)
+        return activation_of, numbers
 
     def round_to(self, dtype: Any, dtype_name: str) -> Rounded:
         """Round the numbers to a dtype and remember them in `rounded`.
@@ -121,14 +118,16 @@ def _real(name: str, value: Any) -> float:
     """Return a finite real number as a float, or as an int where a float would not be exact."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    exact = int(value) if isinstance(value, numbers.Integral) else value
+    exact: int | None = None
+    if isinstance(value, numbers.Rational) and value.denominator == 1:
+        exact = int(value.numerator)
     try:
-        number = float(exact)
+        number = float(value if exact is None else exact)
     except OverflowError:
-        number = math.inf
+        raise ValueError(f"{name} must be finite, got one beyond the range of float64") from None
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {value}")
-    if isinstance(exact, int) and number != exact:
+    if exact is not None and number != exact:
         return exact
     return number + 0.0  # -0.0 and 0.0 are the same number: keep one
 
@@ -146,12 +145,14 @@ class _Format:
         """Round to nearest, ties to even, in one step: by way of float32 it would be two."""
         if self.width == 64:
             return float(value)
-        _, exponent = math.frexp(value)
+        limit = math.ldexp(1.0, self.max_exponent)
+        if abs(value) >= limit:
+            return math.copysign(math.inf, value)
+        exponent = value.bit_length() if isinstance(value, int) else math.frexp(value)[1]
         last_place = max(exponent, 3 - self.max_exponent) - self.precision
-        rounded = math.ldexp(round(math.ldexp(value, -last_place)), last_place)
-        if abs(rounded) >= math.ldexp(1.0, self.max_exponent):
-            rounded = math.copysign(math.inf, rounded)
-        return rounded + 0.0
+        units = round(Fraction(value) / Fraction(2) ** last_place)
+        rounded = math.ldexp(units, last_place)
+        return math.copysign(math.inf, rounded) if abs(rounded) >= limit else rounded + 0.0
 
     def bits(self, value: float) -> int:
         """Return the bit pattern of a number that the format holds."""
@@ -170,6 +171,11 @@ _INTEGER = {
     for width in (8, 16, 32, 64)
     for prefix, low in (("", -1), ("u", 0))
 }
+
+
+def is_integer(dtype_name: str) -> bool:
+    """Tell whether a dtype is served, but has no gradient."""
+    return dtype_name in _INTEGER
 
 
 class Rounded:

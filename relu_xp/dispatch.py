@@ -11,15 +11,13 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import array_api_compat
 import numpy as np
 
+from relu_xp.backends import Backend
 from relu_xp.backends import numpy as numpy_backend
-
-if TYPE_CHECKING:
-    from relu_xp.backends import Backend
 
 __all__ = [
     "BACKENDS",
@@ -38,7 +36,8 @@ ENTRY_POINTS = "relu_xp.backends"
 
 BACKENDS: dict[type, Backend] = {np.ndarray: numpy_backend, np.memmap: numpy_backend}
 
-_BUILT_IN = {"cupy": "relu_xp.backends.cupy"}
+_BUILT_IN = {"numpy": "relu_xp.backends.numpy", "cupy": "relu_xp.backends.cupy"}
+_GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
 
@@ -95,10 +94,11 @@ def describe(place: tuple[str, Hashable]) -> str:
 def how_to_move(argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable]) -> str:
     """Say how an array gets from one ``place`` to another."""
     if source[0] == target[0]:
-        return f"to device {target[1]}"
+        return f"move it to device {target[1]} first"
     if (source[0], target[0]) == ("cupy", "numpy"):
-        return f"cupy.asnumpy({argument})"
-    return f"{_MODULES.get(target[0], target[0])}.asarray({argument})"
+        return f"move it first, for example cupy.asnumpy({argument})"
+    module = _MODULES.get(target[0], target[0])
+    return f"move it first, for example {module}.asarray({argument})"
 
 
 def namespace(name: str) -> Any:
@@ -149,12 +149,8 @@ def availability(name: str) -> str | None:
 
 def serving(name: str) -> str:
     """Return the module of the backend that serves a library's arrays, without importing it."""
-    if name == "numpy":
-        return str(cast(Any, BACKENDS[np.ndarray]).__name__)
-    if name not in _BUILT_IN:
-        for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=name):
-            return entry_point.value
-    return _BUILT_IN.get(name, "relu_xp.backends.generic")
+    entry_point = _third_party(name)
+    return _BUILT_IN.get(name, _GENERIC) if entry_point is None else entry_point.value
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -176,22 +172,28 @@ def _library_of(function: str, argument: str, x: Any) -> str:
     if isinstance(x, np.generic):
         _refuse(function, argument, x)
     try:
-        namespace = array_api_compat.array_namespace(x, use_compat=False)
-    except TypeError:
-        _refuse(function, argument, x)
-    return cast(str, namespace.__name__).partition(".")[0]
+        library = array_api_compat.array_namespace(x, use_compat=False)
+        return str(library.__name__).partition(".")[0]
+    except Exception as error:  # whatever an object that is no array does when it is asked
+        _refuse(function, argument, x, None if isinstance(error, TypeError) else error)
 
 
-def _refuse(function: str, argument: str, x: Any) -> NoReturn:
+def _refuse(function: str, argument: str, x: Any, cause: Exception | None = None) -> NoReturn:
     raise TypeError(
         f"{function}: {argument} must be an array, got {type(x).__name__}; "
         f"convert it first, for example numpy.asarray({argument})"
-    ) from None
+    ) from cause
 
 
 def _load(library: str) -> Backend:
+    entry_point = _third_party(library)
+    if entry_point is not None:
+        return cast(Backend, entry_point.load())
+    return cast(Backend, importlib.import_module(_BUILT_IN.get(library, _GENERIC)))
+
+
+def _third_party(library: str) -> importlib.metadata.EntryPoint | None:
+    """Return the entry point of another package's backend; ours come first."""
     if library in _BUILT_IN:
-        return cast("Backend", importlib.import_module(_BUILT_IN[library]))
-    for entry_point in importlib.metadata.entry_points(group=ENTRY_POINTS, name=library):
-        return cast("Backend", entry_point.load())
-    return cast("Backend", importlib.import_module("relu_xp.backends.generic"))
+        return None
+    return next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=library)), None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar, cast
 
-from relu_xp.activation import Activation, Rounded, activation_of
+from relu_xp.activation import Activation, Rounded, activation_of, is_integer
 from relu_xp.backends import Backend
 from relu_xp.dispatch import backend_for, describe, how_to_move
 
@@ -181,9 +181,9 @@ def relu_grad(
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
     backend = backend_for("relu_grad", "x", x)
-    numbers = _floating("relu_grad", "x", x, backend, activation)
+    numbers = _rounded("relu_grad", "x", x, backend, activation, floating=True)
     if out is not None:
-        _check_out("relu_grad", out, x, (x,), backend)
+        _check_out("relu_grad", out, x, "x", (x,), backend)
     ones = backend.ones_like(x)
     gradient: ArrayT = backend.backward_from_input(numbers, numbers, ones, x, out)
     return gradient
@@ -230,12 +230,12 @@ def relu_backward(
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
     backend = backend_for("relu_backward", "x", x)
-    numbers = _floating("relu_backward", "x", x, backend, activation)
+    numbers = _rounded("relu_backward", "x", x, backend, activation, floating=True)
     shape = cast(Any, x).shape
     _check_fits("relu_backward", "dy", dy, backend, backend.place(x), shape, "x is")
-    slopes = _floating("relu_backward", "dy", dy, backend, activation)
+    slopes = _rounded("relu_backward", "dy", dy, backend, activation, floating=True)
     if out is not None:
-        _check_out("relu_backward", out, dy, (dy, x), backend)
+        _check_out("relu_backward", out, dy, "dy", (dy, x), backend)
     dx: ArrayT = backend.backward_from_input(numbers, slopes, dy, x, out)
     return dx
 
@@ -264,8 +264,9 @@ def relu_vjp(
     y : array, shape and dtype of `x`
         ``relu(x)``; `out`, if given.
     pullback : Pullback
-        ``pullback(dy)`` is ``f'(x) * dy``. It keeps one bit an element and neither `x` nor `y`,
-        so both may be overwritten.
+        ``pullback(dy)`` is ``f'(x) * dy``. It keeps neither `x` nor `y`, so both may be
+        overwritten, but a mask: one bit an element for NumPy and CuPy arrays; one byte where a
+        ceiling meets a negative slope, and for other libraries.
 
     Raises
     ------
@@ -315,9 +316,9 @@ class Pullback:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
         backend = self._backend
         _check_fits(function, "dy", dy, backend, self._place, self._shape, "forward saw")
-        slopes = _floating(function, "dy", dy, backend, self._activation)
+        slopes = _rounded(function, "dy", dy, backend, self._activation, floating=True)
         if out is not None:
-            _check_out(function, out, dy, (dy,), backend)
+            _check_out(function, out, dy, "dy", (dy,), backend)
         dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
         return dx
 
@@ -332,7 +333,7 @@ def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None
     backend = backend_for(function, "x", x)
     numbers = _rounded(function, "x", x, backend, activation)
     if out is not None:
-        _check_out(function, out, x, (x,), backend)
+        _check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(numbers, x, out)
     return y
 
@@ -342,38 +343,34 @@ def forward_saving(
 ) -> tuple[ArrayT, Pullback]:
     """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
     backend = backend_for(function, "x", x)
-    numbers = _floating(function, "x", x, backend, activation)
+    numbers = _rounded(function, "x", x, backend, activation, floating=True)
     if out is not None:
-        _check_out(function, out, x, (x,), backend)
+        _check_out(function, out, x, "x", (x,), backend)
     y, saved = backend.forward_saving(numbers, x, out)
     return y, Pullback(activation, backend, x, saved)
 
 
 def _rounded(
-    function: str, argument: str, array: Any, backend: Backend, activation: Activation
+    function: str,
+    argument: str,
+    array: Any,
+    backend: Backend,
+    activation: Activation,
+    floating: bool = False,
 ) -> Rounded:
     """Return the numbers as the array's dtype holds them, if it is one that they suit."""
     dtype = array.dtype
     numbers = activation.rounded.get((type(dtype), dtype))
     if numbers is None:
         try:
-            numbers = activation.round_to(dtype, backend.dtype_name(dtype))
+            name = backend.dtype_name(dtype)
+            if not (floating and is_integer(name)):  # which is refused below, whatever the numbers
+                numbers = activation.round_to(dtype, name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{function}: {argument}: {error}") from None
-    return numbers
-
-
-def _floating(
-    function: str, argument: str, array: Any, backend: Backend, activation: Activation
-) -> Rounded:
-    """Return the same, if the dtype has gradients."""
-    dtype = array.dtype
-    numbers = activation.rounded.get((type(dtype), dtype))
-    if numbers is None:
-        numbers = _rounded(function, argument, array, backend, activation)
-    if not numbers.floating:
+    if numbers is None or (floating and not numbers.floating):
         raise TypeError(
-            f"{function}: {argument} has dtype {numbers.dtype_name}, which has no gradient; "
+            f"{function}: {argument} has dtype {backend.dtype_name(dtype)}, which has no gradient; "
             "convert it to a floating dtype first"
         )
     return numbers
@@ -394,7 +391,7 @@ def _check_fits(
     if own_place is not place and (own_backend is not backend or own_place != place):
         raise (TypeError if own_place[0] != place[0] else ValueError)(
             f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
-            f"move it first, for example {how_to_move(argument, own_place, place)}"
+            f"{how_to_move(argument, own_place, place)}"
         )
     if array.shape != shape:
         raise ValueError(
@@ -402,9 +399,12 @@ def _check_fits(
         )
 
 
-def _check_out(function: str, out: Any, like: Any, inputs: Sequence[Any], backend: Backend) -> None:
-    """Refuse an `out` that is not an array like `like` or that may not be written."""
-    _check_fits(function, "out", out, backend, backend.place(like), like.shape, "the input is")
+def _check_out(
+    function: str, out: Any, like: Any, argument: str, inputs: Sequence[Any], backend: Backend
+) -> None:
+    """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
+    place = backend.place(like)
+    _check_fits(function, "out", out, backend, place, like.shape, f"{argument} is")
     if out.dtype != like.dtype:
         raise TypeError(
             f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
@@ -413,4 +413,5 @@ def _check_out(function: str, out: Any, like: Any, inputs: Sequence[Any], backen
     try:
         backend.check_out(out, inputs)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: {error}") from None
+        subject = f"{argument}, as its own out," if out is like else "out"
+        raise type(error)(f"{function}: {subject} {error}") from None

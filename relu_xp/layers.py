@@ -15,9 +15,10 @@ ArrayT = TypeVar("ArrayT")
 class ReLU:
     """A rectified linear unit with a backward pass, for arrays of any library.
 
-    The layer holds the packed mask of its latest `forward` (one bit an element; never the input or
-    output, so both may be overwritten); `backward` consumes it. For a layer that is used twice
-    in one pass, and inside functions that JAX or PyTorch trace, use `relu_xp.relu_vjp`.
+    The layer holds the mask of its latest `forward` (what `relu_xp.relu_vjp` keeps: one bit an
+    element of a NumPy or CuPy array; never the input or output, so both may be overwritten);
+    `backward` consumes it. For a layer that is used twice in one pass, and inside functions that
+    JAX or PyTorch trace, use `relu_xp.relu_vjp`.
 
     Parameters
     ----------
@@ -112,13 +113,15 @@ class ReLU:
             saved is then still there.
         """
         if self.inplace:
-            out = self._itself(x, out)
+            out = self._itself("forward", x, out)
         if not training:
             return forward("forward", self._activation, x, out)
         y, self._pullback = forward_saving("forward", self._activation, x, out)
         return y
 
-    __call__ = forward
+    def __call__(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
+        """Return ``self.forward(x, training=training, out=out)``."""
+        return self.forward(x, training=training, out=out)
 
     def backward(self, dy: ArrayT, /, *, out: ArrayT | None = None, retain: bool = False) -> ArrayT:
         """Return the gradient with respect to the input of the latest `forward`.
@@ -150,18 +153,18 @@ class ReLU:
                 "relu_xp.relu_vjp serves a layer that is used twice in one pass"
             )
         if self.inplace:
-            out = self._itself(dy, out)
+            out = self._itself("backward", dy, out)
         dx = self._pullback.backward("backward", dy, out)
         if not retain:
             self._pullback = None
         return dx
 
     @staticmethod
-    def _itself(array: ArrayT, out: ArrayT | None) -> ArrayT:
+    def _itself(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
         if out is not None and out is not array:
             raise ValueError(
-                "out: a layer with inplace=True writes into its argument; leave out= away, or make "
-                "the layer without inplace"
+                f"{function}: out was given, but a layer with inplace=True writes into its "
+                "argument; leave out= away, or make the layer without inplace"
             )
         return array
 

@@ -206,7 +206,7 @@ def _compiled(code):
         unit = folder / f"{digest}.cpp"
         unit.write_text(text)
         includes = [o for o in core.assemble_cupy_compiler_options(()) if o.startswith("-I")]
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fwrapv", *includes]
+        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", *includes]
         done = subprocess.run(
             [*command, str(unit), "-o", str(library)], capture_output=True, text=True, check=False
         )

@@ -124,6 +124,19 @@ def test_an_unknown_library_is_generic():
     assert dispatch.BACKENDS.pop(Unknown) is generic
 
 
+@pytest.mark.parametrize("namespace", [None, 3, RuntimeError("no"), AttributeError("no")])
+def test_what_only_pretends_to_be_an_array_is_refused(namespace):
+    class Pretender(Foreign):
+        def __array_namespace__(self, api_version=None):
+            if isinstance(namespace, Exception):
+                raise namespace
+            return namespace
+
+    with pytest.raises(TypeError, match="^relu: x must be an array, got Pretender; convert it fir"):
+        relu_xp.relu(Pretender(np.ones(2)))
+    assert Pretender not in dispatch.BACKENDS
+
+
 def test_dtypes_of_two_libraries_do_not_meet(require):
     """array_api_strict warns when a dtype of its own is compared with one of NumPy's."""
     strict = require("array_api_strict")

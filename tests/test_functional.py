@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -114,17 +115,20 @@ def test_dtypes_without_order_are_refused(dtype, flaw):
         relu_xp.relu_backward(x, np.ones(2))
 
 
-def test_integers_have_no_gradient():
-    x, y = np.arange(3), np.ones(3)
-    for call in (relu_xp.relu_grad, relu_xp.relu_vjp, relu_xp.ReLU().forward):
-        with pytest.raises(TypeError, match="x has dtype int64, which has no gradient; convert"):
-            call(x)
-    with pytest.raises(TypeError, match="relu_backward: x has dtype int64"):
-        relu_xp.relu_backward(y, x)
-    with pytest.raises(TypeError, match="relu_backward: dy has dtype int64"):
-        relu_xp.relu_backward(x, y)
-    with pytest.raises(TypeError, match="pullback: dy has dtype int64"):
-        relu_xp.relu_vjp(y)[1](x)
+@pytest.mark.parametrize("slope", [0, 0.1])
+def test_integers_have_no_gradient(slope):
+    x, y = np.arange(3, dtype=np.int16), np.ones(3)
+    layer = relu_xp.ReLU(negative_slope=slope)
+    for name, call in (
+        ("relu_grad", lambda: relu_xp.relu_grad(x, negative_slope=slope)),
+        ("relu_vjp", lambda: relu_xp.relu_vjp(x, negative_slope=slope)),
+        ("forward", lambda: layer.forward(x)),
+        ("relu_backward", lambda: relu_xp.relu_backward(y, x, negative_slope=slope)),
+        ("relu_backward", lambda: relu_xp.relu_backward(x, y, negative_slope=slope)),
+        ("pullback", lambda: relu_xp.relu_vjp(y, negative_slope=slope)[1](x)),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: d?[xy] has dtype int16, which has no grad"):
+            call()
     np.testing.assert_array_equal(relu_xp.ReLU().forward(x - 1, training=False), [0, 0, 1])
 
 
@@ -136,7 +140,7 @@ def test_numbers_are_checked(name):
             relu_xp.relu(x, **{name: value})
         with pytest.raises(TypeError, match=f"^{name} must be a real number, got "):
             relu_xp.ReLU(**{name: value})
-    for value in (np.nan, np.inf, -np.inf, 10**400, np.float32(np.inf)):
+    for value in (np.nan, np.inf, -np.inf, 10**400, 10**5000, np.float32(np.inf)):
         with pytest.raises(ValueError, match=f"^{name} must be finite, got "):
             relu_xp.relu(x, **{name: value})
     for value in (1, 1.0, np.float32(1), np.int8(1), Fraction(1)):
@@ -181,6 +185,27 @@ def test_numbers_are_rounded_to_the_dtype_first():
     np.testing.assert_array_equal(relu_xp.thresholded_relu(x, 1.0001), [0, x[1]])
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_numbers_beyond_the_dtype_are_infinite(dtype):
+    x = np.array([-3.0, 2.0, np.inf, np.nan], dtype)
+    huge = sys.float_info.max
+    np.testing.assert_array_equal(relu_xp.relu(x, max_value=huge)[[0, 1, 3]], [0, 2, np.nan])
+    np.testing.assert_array_equal(relu_xp.relu(x, threshold=huge)[[0, 1, 3]], [0, 0, np.nan])
+    np.testing.assert_array_equal(relu_xp.relu(x, threshold=-huge)[[0, 1, 3]], x[[0, 1, 3]])
+
+
+def test_integers_are_rounded_once():
+    """2**60 + 2**36 + 1 is above the middle of two float32: by way of float64 it would be on it."""
+    x = np.array([1e30], np.float32)
+    y = relu_xp.relu(x, max_value=2**60 + 2**36 + 1)
+    assert int(y[0]) == 2**60 + 2**37
+    assert int(relu_xp.relu(x, max_value=2**60 + 2**36)[0]) == 2**60
+    assert int(relu_xp.relu(x, max_value=2**60 - 1)[0]) == 2**60
+    big = 2**53 + 1
+    integers = np.array([big, big + 1])
+    assert relu_xp.relu(integers, threshold=Fraction(big)).tolist() == [0, big + 1]
+
+
 def test_the_gradient_keeps_the_dtype_of_dy():
     x = np.array([-1, 2], np.float16)
     for dtype in (np.float16, np.float32, np.float64):
@@ -216,7 +241,7 @@ def test_two_libraries_are_refused(require):
         relu_xp.relu_vjp(x)[1](torch.ones(2))
     with pytest.raises(TypeError, match=r"^relu_backward: x is PyTorch.*, dy is NumPy; .*torch"):
         relu_xp.relu_backward(x, torch.ones(2))
-    with pytest.raises(TypeError, match="^relu: the input is NumPy, out is PyTorch on device cpu"):
+    with pytest.raises(TypeError, match="^relu: x is NumPy, out is PyTorch on device cpu"):
         relu_xp.relu(x, out=torch.ones(2))
 
 

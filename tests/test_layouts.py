@@ -148,10 +148,15 @@ def test_0d_and_empty_arrays_stay_arrays(xp, dtype, shape):
 
 @pytest.mark.libraries("strided")
 def test_the_layout_of_x_is_kept(xp):
-    x = np.asfortranarray(np.ones((3, 4), np.float32))
-    y, _ = relu_xp.relu_vjp(xp.array(x), negative_slope=0.5)
-    assert y.flags.f_contiguous
-    assert relu_xp.relu(xp.array(x)).flags.f_contiguous
+    for shape in ((3, 4), (300, 400)):
+        host = np.ones(shape, np.float32)
+        for x, dy in ((host, np.asfortranarray(host)), (np.asfortranarray(host), host)):
+            for numbers in ({}, {"negative_slope": 0.5}):
+                y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+                of_x = [y, relu_xp.relu(xp.array(x), **numbers), relu_xp.relu_grad(xp.array(x))]
+                of_x.append(relu_xp.relu_backward(xp.array(dy), xp.array(x), **numbers))
+                assert {a.flags.f_contiguous for a in of_x} == {x.flags.f_contiguous}
+                assert pullback(xp.array(dy)).flags.f_contiguous == dy.flags.f_contiguous
 
 
 @pytest.mark.libraries("strided")
@@ -267,7 +272,7 @@ def test_a_strided_out(xp):
 def test_outs_of_another_kind_are_refused(xp):
     host = np.arange(-4.0, 4.0, dtype=np.float32)
     x = xp.array(host)
-    with pytest.raises(ValueError, match=r"relu: out has shape \(3,\), the input is \(8,\)"):
+    with pytest.raises(ValueError, match=r"relu: out has shape \(3,\), x is \(8,\)"):
         relu_xp.relu(x, out=xp.array(host[:3].copy()))
     with pytest.raises(TypeError, match=r"relu: out has dtype .*float64, the result .*float32"):
         relu_xp.relu(x, out=xp.array(host.astype(np.float64)))
@@ -295,25 +300,47 @@ def test_outs_that_overlap_are_refused(xp):
         relu_xp.relu(xp.array(np.zeros((6, 3), np.float32)), out=windows)
 
 
-def test_outs_of_immutable_arrays_are_refused(require):
-    jnp = require("jax").numpy
-    x = jnp.ones(3)
+@pytest.mark.parametrize("library", ["jax.numpy", "dask.array"])
+def test_outs_of_immutable_arrays_are_refused(require, library):
+    x = require(library).ones(3)
     for call in (relu_xp.relu, relu_xp.relu_grad, relu_xp.relu_vjp):
-        with pytest.raises(TypeError, match="out cannot be written: its library"):
+        with pytest.raises(TypeError, match="x, as its own out, cannot be written: its library"):
             call(x, out=x)
-    with pytest.raises(TypeError, match="forward: out cannot be written"):
+    with pytest.raises(TypeError, match="forward: x, as its own out, cannot be written"):
         relu_xp.ReLU(inplace=True).forward(x)
 
 
-def test_overlap_is_seen_in_pytorch_too(require):
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "requires_grad"])
+def test_overlap_is_seen_in_pytorch_too(require, kind):
     torch = require("torch")
     memory = torch.arange(-8.0, 8.0)
+    x = memory
+    if kind == "bfloat16":
+        x = memory = memory.bfloat16()
+    elif kind == "requires_grad":
+        x = memory.requires_grad_()
+        memory = memory.detach()
+    before = memory.clone()
     with pytest.raises(ValueError, match="relu: out overlaps an input without being the same"):
-        relu_xp.relu(memory[:8], out=memory[4:12])
+        relu_xp.relu(x[:8], out=memory[4:12])
     with pytest.raises(ValueError, match="relu: out is a broadcast view"):
-        relu_xp.relu(memory[:8], out=torch.zeros(1).expand(8))
+        relu_xp.relu(x[:8], out=memory[:1].expand(8))
+    assert torch.equal(memory, before)
     assert relu_xp.relu(memory[:8], out=memory[:8]).sum() == 0
     assert memory[:8].sum() == 0
+
+
+def test_a_leaf_of_pytorch_cannot_be_its_own_out(require):
+    x = require("torch").tensor([-1.0, 2.0], requires_grad=True)
+    with pytest.raises(ValueError, match="out cannot be written: a leaf Variable"):
+        relu_xp.relu(x, out=x)
+    assert x.tolist() == [-1, 2]
+
+
+def test_length_one_axes_have_no_stride():
+    x = np.array([[-1.0, 2.0]])
+    assert relu_xp.relu(x, out=x[::2]).tolist() == [[0, 2]]
+    assert x.tolist() == [[0, 2]]
 
 
 def test_read_only_arrays():

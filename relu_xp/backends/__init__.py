@@ -20,8 +20,8 @@ class Backend(Protocol):
     """The functions of a backend module.
 
     ``out`` is None, or an array that `check_out` has let pass: write the result there and return
-    that very array. Otherwise return a fresh one, in the layout of the first array argument where
-    the library has layouts. No argument but ``out`` is ever written.
+    that very array. Otherwise return a fresh one, in the layout of x, or of dy where there is no x,
+    if the library has layouts. No argument but ``out`` is ever written.
     """
 
     def forward(self, numbers: Rounded, x: Any, out: Any) -> Any:
@@ -52,7 +52,11 @@ class Backend(Protocol):
         """Return the library's name and the device, which is None where all arrays share one."""
 
     def check_out(self, out: Any, inputs: Sequence[Any]) -> None:
-        """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
+        """Refuse an `out` that cannot be written, or that overlaps an input without being it.
+
+        With a TypeError where no array of the library can be, else a ValueError; its message goes
+        on after the name of the argument.
+        """
 
     def saved_nbytes(self, saved: Any) -> int:
         """Return how many bytes the saved state holds."""
@@ -80,15 +84,21 @@ def check_memory(
     ValueError
     """
     if _overlaps_itself(out):
-        raise ValueError("out is a broadcast view, whose elements share memory; give an array")
+        raise ValueError("is a broadcast view, whose elements share memory; give an array")
     for x in inputs:
         if out is x or not may_share_memory(out, x):
             continue
-        if address(out) != address(x) or out.strides != x.strides:
+        if address(out) != address(x) or _steps(out) != _steps(x):
             raise ValueError(
-                "out overlaps an input without being the same view; give that very array or "
-                "one that shares no memory with it"
+                "overlaps an input without being the same view; give that very array or one that "
+                "shares no memory with it"
             )
+
+
+def _steps(array: Any) -> list[int]:
+    """Return the strides that are ever taken."""
+    axes = zip(array.strides, array.shape, strict=True)
+    return [stride for stride, length in axes if length != 1]
 
 
 def _overlaps_itself(array: Any) -> bool:

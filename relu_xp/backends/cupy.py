@@ -226,8 +226,10 @@ KERNELS = {
         "T y",
         """
         const T value = x;
-        const T product = static_cast<T>(b * value);
-        y = value > t ? product < c ? product : c : static_cast<T>(a * value);
+        typedef unsigned long long U;  // in which products wrap around, as NumPy's do
+        const T high = static_cast<T>(static_cast<U>(b) * static_cast<U>(value));
+        const T low = static_cast<T>(static_cast<U>(a) * static_cast<U>(value));
+        y = value > t ? high < c ? high : c : low;
         """,
     ),
 }
@@ -302,7 +304,7 @@ def backward_from_input(
 ) -> cupy.ndarray:
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
-        dx = cupy.empty_like(dy) if out is None else out
+        dx = cupy.empty_like(x, dy.dtype) if out is None else out
         KERNELS["backward_from_input"](
             dy,
             x,

@@ -86,9 +86,9 @@ def place(x: Any) -> tuple[str, Hashable]:
 
 def check_out(out: Any, inputs: Sequence[Any]) -> None:
     """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
-    if not array_api_compat.is_writeable_array(out):
+    if not array_api_compat.is_writeable_array(out) or array_api_compat.is_dask_array(out):
         raise TypeError(
-            "out cannot be written: its library's arrays are immutable; leave out= or inplace= away"
+            "cannot be written: its library's arrays are immutable; leave out= or inplace= away"
         )
     seen = _memory(out)
     if seen is not None:
@@ -126,13 +126,37 @@ def _pieces(numbers: Rounded, x: Any) -> Any:
 def _store(y: Any, out: Any) -> Any:
     if out is None:
         return y
-    out[...] = y
+    try:
+        out[...] = y
+    except (RuntimeError, ValueError) as error:  # a leaf that requires a gradient, say
+        raise ValueError(f"out cannot be written: {error}") from error
     return out
 
 
 def _memory(x: Any) -> np.ndarray[Any, Any] | None:
-    """Return x's memory as a NumPy view to compare bounds with, or None if it cannot be seen."""
+    """Return x's memory as a NumPy view to compare bounds with, or None if it cannot be seen.
+
+    PyTorch is asked for a pointer: it exports neither bfloat16 nor what requires a gradient.
+    """
     try:
+        if hasattr(x, "data_ptr"):
+            size = x.element_size()
+            return np.asarray(_Pointer(x.data_ptr(), x.shape, [size * s for s in x.stride()], size))
         return np.from_dlpack(x)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
-        return None  # on another device, say: what is written there comes from a temporary anyway
+        return None  # being traced, or on another device; the caller is trusted
+
+
+class _Pointer:
+    """Memory that NumPy may compare with other memory, but must not read."""
+
+    def __init__(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int
+    ) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{itemsize}",
+            "data": (address, False),
+            "shape": tuple(shape),
+            "strides": tuple(strides),
+        }

@@ -103,7 +103,7 @@ def _maximum_is_exact(dtype: np.dtype[Any]) -> bool:
     of that, so it is asked once.
     """
     numbers = Rounded(Activation(), dtype.name)
-    k = _constants(numbers, dtype)
+    k = _Constants(numbers, dtype)
     one = int(np.ones((), dtype).view(k.unsigned))
     sign = 1 << (numbers.width - 1)
     inf = numbers.infinity_bits
@@ -157,7 +157,8 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
 def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:
     """Return f'(x) * dy from the mask. See `relu_xp.backends.Backend`."""
     k = _constants(numbers, dy.dtype)
-    if out is None and k.selects and dy.size <= _BLOCK:  # likewise: a fifth off a 64 x 100 layer
+    small = out is None and k.selects and dy.size <= _BLOCK
+    if small and dy.flags.fnc == saved.fortran:  # likewise: a fifth off a 64 x 100 layer
         keep = k.words.take(saved.data, 0)
         if keep.size != dy.size:
             keep = keep.reshape(-1)[: dy.size]
@@ -174,7 +175,7 @@ def backward_from_input(
     numbers: Rounded, slopes: Rounded, dy: _Array, x: _Array, out: _Array | None
 ) -> _Array:
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
-    dx = _fresh(dy) if out is None else out
+    dx = _fresh(x, dy.dtype) if out is None else out
     kx, k = _constants(numbers, x.dtype), _constants(slopes, dy.dtype)
     for _, xs, dys, dxs in _blocks(x.flags.fnc, x, dy, dx):
         bits = xs.view(kx.unsigned)
@@ -206,7 +207,7 @@ def place(x: _Array) -> tuple[str, None]:
 def check_out(out: _Array, inputs: Sequence[_Array]) -> None:
     """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
     if not out.flags.writeable:
-        raise ValueError("out is read-only; give an array that may be written")
+        raise ValueError("is read-only; give an array that may be written")
     check_memory(out, inputs, np.may_share_memory, _address)
 
 
@@ -215,8 +216,8 @@ def saved_nbytes(saved: Mask) -> int:
     return saved.nbytes
 
 
-def _fresh(x: _Array) -> _Array:
-    return np.empty_like(x, None, "K", False)
+def _fresh(x: _Array, dtype: np.dtype[Any] | None = None) -> _Array:
+    return np.empty_like(x, dtype, "K", False)
 
 
 def _address(x: _Array) -> int:
@@ -226,20 +227,28 @@ def _address(x: _Array) -> int:
 def _blocks(fortran: bool, *arrays: _Array) -> Iterable[tuple[Any, ...]]:
     """Return matching parts of the arrays, one after another, each after its slice.
 
-    1-D parts of at most `_BLOCK` elements in C (or Fortran) order where all of them are contiguous
-    so; else the arrays as they are, after None, but 1-D instead of 0-D: ufuncs make scalars of
-    those.
+    1-D parts of at most `_BLOCK` elements in C (or Fortran) order where each is contiguous so, or
+    one element broadcast; else the arrays as they are, after None, but 1-D instead of 0-D: ufuncs
+    make scalars of those.
     """
     size = arrays[0].size
     if size > _BLOCK:
-        ordered = [array.T for array in arrays] if fortran else arrays
-        if all(array.flags.c_contiguous for array in ordered):
-            flat = [array.reshape(-1) for array in ordered]
+        flat = [_flat(array.T if fortran else array) for array in arrays]
+        if all(array is not None for array in flat):
             parts = [slice(i, min(i + _BLOCK, size)) for i in range(0, size, _BLOCK)]
-            return ((part, *[array[part] for array in flat]) for part in parts)
+            return ((part, *[array[part] for array in flat if array is not None]) for part in parts)
     if arrays[0].ndim == 0:
         arrays = tuple(array.reshape(1) for array in arrays)
     return ((None, *arrays),)
+
+
+def _flat(array: _Array) -> _Array | None:
+    """Return an array as 1-D without a copy: a contiguous one, or one element broadcast."""
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    if not any(array.strides):  # the gradient of sum(), say
+        return np.broadcast_to(array[(slice(1),) * array.ndim].reshape(1), (array.size,))
+    return None
 
 
 def _upper(k: _Constants, bits: _Array) -> _Array:
@@ -346,4 +355,3 @@ def _forward_integer(numbers: Rounded, x: _Array, y: _Array) -> _Array:
 for _dtype in map(np.dtype, "bhilqBHILQfd"):
     if _dtype.kind != "f" or _maximum_is_exact(_dtype):
         _ZERO[_dtype] = np.zeros((), _dtype)
-_constants.cache_clear()  # `_maximum_is_exact` asked before _ZERO was there
