@@ -10,11 +10,12 @@ flushes. Therefore
   product goes through it and is rounded on its bits; float16 goes through float32 without
   meeting a subnormal of it, and float64 is never flushed.
 
-Every operand is read into a local before anything is decided: a load inside a branch would wait for
-the comparison, and two latencies would add up.
+All loads of an element are issued together: one that waits for a comparison would add its latency
+to the other's. Reading each operand into a local first is not enough, since NVRTC moves a load into
+the only branch that needs it; so both candidates are computed and one is selected (`choose`).
 
 Kernels run on the array's device and on the caller's current stream, and nothing here waits for
-them. The masks are those of `relu_xp.mask`: a thread makes or reads a whole byte.
+them. The masks are those of `relu_xp.mask`; the thread that makes a byte has its eight elements.
 """
 
 from __future__ import annotations
