@@ -127,6 +127,21 @@ def bits_as_they_are(x):
     return np.ascontiguousarray(x).view(oracle.Format(x.dtype.name).unsigned).ravel().tolist()
 
 
+@pytest.mark.parametrize("fortran", [False, True])
+def test_large_broadcast_gradients(xp, fortran):
+    """The gradient of a sum, over all axes or one, is a broadcast array."""
+    x = np.random.default_rng(6).standard_normal((300, 400)).astype(np.float32)
+    x = np.asfortranarray(x) if fortran else x
+    for small in (np.float32(3), np.arange(400, dtype=np.float32), np.ones((300, 1), np.float32)):
+        dy = np.broadcast_to(small, x.shape)
+        wanted = np.where(x > 0, dy, np.float32(0))
+        np.testing.assert_array_equal(
+            xp.numpy(relu_xp.relu_vjp(xp.array(x))[1](xp.array(dy))), wanted
+        )
+        got = relu_xp.relu_backward(xp.array(dy), xp.array(x))
+        np.testing.assert_array_equal(xp.numpy(got), wanted)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (1,), (1, 1)])
 def test_0d_and_empty_arrays_stay_arrays(xp, dtype, shape):
     x = np.full(shape, -2.5, oracle.DTYPES[dtype])
@@ -210,7 +225,12 @@ def overwrite(xp, x):
 
 
 @pytest.mark.libraries("writable")
-@pytest.mark.parametrize("numbers", [{}, {"negative_slope": 0.5, "max_value": 2.0}])
+# With the last ones f(x) lies in another piece than x: a mask made too late would show.
+@pytest.mark.parametrize(
+    "numbers",
+    [{}, {"negative_slope": 0.5, "max_value": 2.0}, {"threshold": 0.5, "positive_slope": 0.5}],
+    ids=["relu", "three-pieces", "threshold"],
+)
 @pytest.mark.parametrize("size", [5, 200_003])
 def test_out_is_written_and_returned(xp, numbers, size):
     rng = np.random.default_rng(4)
