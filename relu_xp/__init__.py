@@ -1,6 +1,7 @@
 """One ReLU family, one set of rules, for every array library."""
 
 from relu_xp.functional import (
+    Pullback,
     clipped_relu,
     leaky_relu,
     relu,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClippedReLU",
     "LeakyReLU",
+    "Pullback",
     "ReLU",
     "ReLU6",
     "Relu",

@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, parser=command)
         return command
 
-    add("info", _info, "tell versions, backends, kernels, GPU and threads")
+    add("info", _info, "show versions, backends, kernels, GPU and threads")
     command = add("train", _train, "train a small classifier of digits")
     command.add_argument(
         "--backend",
@@ -93,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole_number(1),
         default=training.EPOCHS,
         metavar="N",
-        help="how often each image is seen (default: %(default)s)",
+        help="passes over the training images (default: %(default)s)",
     )
     command.add_argument(
         "--seed",
         type=_whole_number(0),
         default=0,
         metavar="N",
-        help="of all random numbers (default: %(default)s)",
+        help="seed for all random numbers (default: %(default)s)",
     )
     command.add_argument(
         "--plot", metavar="FILE", help="draw the learning curve into a .png or .svg file"
@@ -117,7 +117,7 @@ def _whole_number(least: int) -> Callable[[str], int]:
         except ValueError:
             number = least - 1
         if number < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {least} or greater")
         return number
 
     return read

@@ -236,7 +236,14 @@ class Rounded:
 
         def convert(name: str) -> float:
             value: float = getattr(activation, name)
-            return form.round(value) if self.floating else _whole(name, value, low, high)
+            if self.floating:
+                return form.round(value)
+            if value != int(value) or not low <= value <= high:
+                raise ValueError(
+                    f"{name}={value} is not a whole number that {dtype_name} holds; convert the "
+                    "array to a floating dtype first"
+                )
+            return int(value)
 
         self.threshold = t = convert("threshold")
         self.negative_slope = a = convert("negative_slope")
@@ -253,13 +260,3 @@ class Rounded:
         """Map a bit pattern to a signed integer that orders as the numbers do, NaN outermost."""
         sign = 1 << (self.width - 1)
         return bits if bits < sign else (sign - 1) - bits
-
-
-def _whole(name: str, value: float, low: int, high: int) -> int:
-    """Return one of the numbers as an integer array holds it."""
-    if value != int(value) or not low <= value <= high:
-        raise ValueError(
-            f"{name}={value} does not fit the array's integer dtype, which needs a whole number "
-            f"from {low} to {high}; convert the array to a floating dtype first"
-        )
-    return int(value)

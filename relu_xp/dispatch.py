@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 from collections.abc import Hashable
 from typing import Any, NoReturn, cast
 
@@ -133,7 +134,8 @@ def namespace(name: str) -> Any:
         raise
     except Exception as error:  # a broken installation, or driver, raises anything
         if isinstance(error, ModuleNotFoundError) and error.name in (name, module):
-            advice = f"; try {', '.join(_NAMES)}"
+            here = (n for n in LIBRARIES if n != name and importlib.util.find_spec(n))
+            advice = f"; there is {', '.join(here)}"
             raise LibraryError(name, "not installed", advice) from None
         raise LibraryError(name, f"not available: {_in_one_line(error)}") from error
 
@@ -179,8 +181,9 @@ def _library_of(function: str, argument: str, x: Any) -> str:
 
 
 def _refuse(function: str, argument: str, x: Any, cause: Exception | None = None) -> NoReturn:
+    kind = "the NumPy scalar " * isinstance(x, np.generic) + type(x).__name__
     raise TypeError(
-        f"{function}: {argument} must be an array, got {type(x).__name__}; "
+        f"{function}: {argument} must be an array, got {kind}; "
         f"convert it first, for example numpy.asarray({argument})"
     ) from cause
 

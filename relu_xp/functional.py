@@ -76,8 +76,17 @@ def relu(
 
     Notes
     -----
-    The numbers are rounded to the dtype of `x` first. Made of differentiable operations for the
-    libraries that trace (JAX, PyTorch).
+    The numbers are checked as they are given, and then rounded to the dtype of `x`: in float16 a
+    `max_value` of 1e-9 is 0, and a `threshold` of 1e9 is infinite. Either slope may be negative.
+    Made of differentiable operations for the libraries that trace (JAX, PyTorch).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> relu(np.array([-2.0, 0.0, 3.0]))
+    array([0., 0., 3.])
+    >>> relu(np.array([-2.0, 0.0, 3.0]), negative_slope=0.5, max_value=2.0)
+    array([-1.,  0.,  2.])
     """
     return forward(
         "relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
@@ -94,7 +103,7 @@ def leaky_relu(
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Apply a leaky ReLU: `relu` with a negative slope, 0.01 by default (Maas et al., 2013)."""
+    """Apply a leaky ReLU: a negative slope of 0.01 by default (Maas et al., 2013). See `relu`."""
     return forward(
         "leaky_relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
     )
@@ -109,7 +118,7 @@ def relu6(
     positive_slope: float = 1.0,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Apply ReLU with a ceiling of 6, where its gradient is 0 (Krizhevsky, 2010)."""
+    """Apply ReLU with a ceiling of 6, where its gradient is 0 (Krizhevsky, 2010). See `relu`."""
     return forward("relu6", activation_of(negative_slope, threshold, positive_slope, 6.0), x, out)
 
 
@@ -123,7 +132,10 @@ def clipped_relu(
     positive_slope: float = 1.0,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Apply ReLU with a ceiling, 20 by default (Hannun et al., 2014), where its gradient is 0."""
+    """Apply ReLU with a ceiling, 20 by default, where its gradient is 0 (Hannun et al., 2014).
+
+    See `relu`.
+    """
     return forward(
         "clipped_relu", activation_of(negative_slope, threshold, positive_slope, max_value), x, out
     )
@@ -139,7 +151,10 @@ def thresholded_relu(
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Apply ReLU with its knee at a threshold, 1 by default (Konda et al., 2014)."""
+    """Apply ReLU with its knee at a threshold, 1 by default: x above it (not x - 1), else 0.
+
+    Konda et al., 2014. See `relu`.
+    """
     return forward(
         "thresholded_relu",
         activation_of(negative_slope, threshold, positive_slope, max_value),
@@ -413,5 +428,5 @@ def _check_out(
     try:
         backend.check_out(out, inputs)
     except (TypeError, ValueError) as error:
-        subject = f"{argument}, as its own out," if out is like else "out"
+        subject = f"{argument}, which is to be overwritten," if out is like else "out"
         raise type(error)(f"{function}: {subject} {error}") from None

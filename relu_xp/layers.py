@@ -15,10 +15,10 @@ ArrayT = TypeVar("ArrayT")
 class ReLU:
     """A rectified linear unit with a backward pass, for arrays of any library.
 
-    The layer holds the mask of its latest `forward` (what `relu_xp.relu_vjp` keeps: one bit an
-    element of a NumPy or CuPy array; never the input or output, so both may be overwritten);
-    `backward` consumes it. For a layer that is used twice in one pass, and inside functions that
-    JAX or PyTorch trace, use `relu_xp.relu_vjp`.
+    The layer holds the mask of its latest `forward` (what `relu_xp.relu_vjp` keeps, mostly one bit
+    an element; never the input or output, so both may be overwritten), and `backward` consumes it.
+    For a layer that is used twice in one pass, and inside functions that JAX or PyTorch trace, use
+    `relu_xp.relu_vjp`.
 
     Parameters
     ----------
@@ -75,8 +75,6 @@ class ReLU:
         max_value: float | None,
         inplace: bool,
     ) -> None:
-        if not isinstance(inplace, bool):
-            raise TypeError(f"inplace must be True or False, got {type(inplace).__name__}")
         self._activation = activation_of(negative_slope, threshold, positive_slope, max_value)
         self.inplace = inplace
 
@@ -84,6 +82,17 @@ class ReLU:
     def activation(self) -> Activation:
         """The layer's four numbers."""
         return self._activation
+
+    @property
+    def inplace(self) -> bool:
+        """Whether `forward` overwrites x and `backward` overwrites dy."""
+        return self._inplace
+
+    @inplace.setter
+    def inplace(self, inplace: bool) -> None:
+        if not isinstance(inplace, bool):
+            raise TypeError(f"inplace must be True or False, got {type(inplace).__name__}")
+        self._inplace = inplace
 
     @property
     def saved_nbytes(self) -> int:
@@ -112,7 +121,7 @@ class ReLU:
             As `relu_xp.relu`; also TypeError for integers while training. What an earlier call
             saved is then still there.
         """
-        if self.inplace:
+        if self._inplace:
             out = self._itself("forward", x, out)
         if not training:
             return forward("forward", self._activation, x, out)
@@ -152,7 +161,7 @@ class ReLU:
                 "each backward. backward(dy, retain=True) keeps the mask for another call; "
                 "relu_xp.relu_vjp serves a layer that is used twice in one pass"
             )
-        if self.inplace:
+        if self._inplace:
             out = self._itself("backward", dy, out)
         dx = self._pullback.backward("backward", dy, out)
         if not retain:
@@ -190,7 +199,10 @@ Relu = ReLU  # the name that the textbook's class has
 
 
 class LeakyReLU(ReLU):
-    """`ReLU` with a negative slope, 0.01 by default (Maas et al., 2013)."""
+    """`ReLU` with a negative slope, 0.01 by default (Maas et al., 2013).
+
+    All other parameters and methods are those of `ReLU`.
+    """
 
     _positional = "negative_slope"
 

@@ -112,7 +112,7 @@ def _matplotlib() -> tuple[Any, Any, Any]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError(
-            f"a picture needs matplotlib ({error}): pip install 'relu-xp[plot]'"
+            f"a picture needs matplotlib ({error}): pip install matplotlib"
         ) from None
     return matplotlib, Figure, ticker
 

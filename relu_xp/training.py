@@ -228,7 +228,7 @@ def require_extra() -> tuple[Any, Any]:
         from tqdm import tqdm
     except ImportError as error:
         raise MissingExtraError(
-            f"training needs scikit-learn and tqdm ({error}): pip install 'relu-xp[demo]'"
+            f"training needs scikit-learn and tqdm ({error}): pip install scikit-learn tqdm"
         ) from None
     return load_digits, tqdm
 

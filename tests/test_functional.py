@@ -67,7 +67,7 @@ def test_arrays_are_positional_only_and_options_keyword_only(name):
     ids=lambda bad: type(bad).__name__,
 )
 def test_what_is_no_array_is_refused(bad):
-    kind = type(bad).__name__
+    kind = "the NumPy scalar " * isinstance(bad, np.generic) + type(bad).__name__
     message = rf"must be an array, got {kind}; convert it first, for example numpy\.asarray\("
     with pytest.raises(TypeError, match=rf"^relu: x {message}x\)$"):
         relu_xp.relu(bad)

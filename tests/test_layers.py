@@ -147,7 +147,7 @@ def test_inplace_overwrites_what_it_is_given():
     np.testing.assert_array_equal(x, [0, 2, 0])
     assert layer.backward(dy, retain=True) is dy
     np.testing.assert_array_equal(dy, [0, 6, 0])
-    with pytest.raises(ValueError, match="^backward: dy, as its own out, is read-only"):
+    with pytest.raises(ValueError, match="^backward: dy, which is to be overwritten, is read-only"):
         layer.backward(np.broadcast_to(1.0, 3))
     with pytest.raises(ValueError, match="^(for|back)ward: out was given, but a layer"):
         layer.backward(dy, out=np.empty(3))
@@ -156,6 +156,8 @@ def test_inplace_overwrites_what_it_is_given():
         layer.forward(x, out=np.empty(3))
     with pytest.raises(TypeError, match="inplace must be True or False, got int"):
         ReLU(inplace=1)
+    with pytest.raises(TypeError, match="inplace must be True or False, got str"):
+        layer.inplace = "no"
 
 
 def test_out():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from conftest import unavailable
 from libraries import LIBRARIES
 
 import relu_xp
+from relu_xp import functional, layers
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -37,6 +39,13 @@ def test_blocks_run(number, request):
 
 def test_there_are_blocks():
     assert len(BLOCKS) == 4
+
+
+@pytest.mark.parametrize("module", [functional, layers])
+def test_docstring_examples(module):
+    failed, tried = doctest.testmod(module)
+    assert tried > 0
+    assert failed == 0
 
 
 def test_the_truth_table_is_computed():
