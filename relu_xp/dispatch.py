@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 from collections.abc import Hashable
+from importlib.machinery import PathFinder
 from typing import Any, NoReturn, cast
 
 import array_api_compat
@@ -125,16 +125,17 @@ def namespace(name: str) -> Any:
         if not name.isidentifier():
             raise ModuleNotFoundError(name=name)
         library = importlib.import_module(module)
-        x = library.asarray([0.0]) if hasattr(library, "asarray") else None
+        if not hasattr(library, "asarray"):
+            raise LibraryError(name, "not an array API library")
         try:
-            return array_api_compat.array_namespace(x)
+            return array_api_compat.array_namespace(library.asarray([0.0]))
         except TypeError:
             raise LibraryError(name, "not an array API library") from None
     except LibraryError:
         raise
     except Exception as error:  # a broken installation, or driver, raises anything
         if isinstance(error, ModuleNotFoundError) and error.name in (name, module):
-            here = (n for n in LIBRARIES if n != name and importlib.util.find_spec(n))
+            here = (n for n in LIBRARIES if n != name and PathFinder.find_spec(n))
             advice = f"; there is {', '.join(here)}"
             raise LibraryError(name, "not installed", advice) from None
         raise LibraryError(name, f"not available: {_in_one_line(error)}") from error
