@@ -1,5 +1,6 @@
 """One ReLU family, one set of rules, for every array library."""
 
+from relu_xp.dispatch import warmup
 from relu_xp.functional import (
     Pullback,
     clipped_relu,
@@ -31,4 +32,5 @@ __all__ = [
     "relu_grad",
     "relu_vjp",
     "thresholded_relu",
+    "warmup",
 ]

@@ -21,7 +21,9 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["Activation", "Rounded", "activation_of", "is_integer"]
+__all__ = ["ONE", "ZERO", "Activation", "Rounded", "activation_of", "is_integer"]
+
+ZERO, ONE = 0.0, 1.0  # the defaults of parameters: these very objects tell that none was given
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Activation:
     positive_slope: float = 1.0
     max_value: float | None = None
     rounded: dict[Any, Rounded] = field(default_factory=dict, init=False, repr=False, compare=False)
+    served: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("threshold", "negative_slope", "positive_slope"):
@@ -103,6 +106,8 @@ def activation_of(
     negative_slope: float, threshold: float, positive_slope: float, max_value: float | None
 ) -> Activation:
     """Return the one `Activation` with these numbers; a call costs far less than building it."""
+    if negative_slope is threshold is ZERO and positive_slope is ONE and max_value is None:
+        return _RELU  # no argument was given, which needs no look-up
     try:
         return _activation(threshold, negative_slope, positive_slope, max_value)
     except TypeError:
@@ -256,7 +261,14 @@ class Rounded:
             self.threshold_bits = form.bits(t)
             self.ceiling_bits = 0 if c is None else form.bits(c or -0.0)
 
+    def bits(self, value: float) -> int:
+        """Return the bit pattern of a number that the dtype, a floating one, holds."""
+        return _FLOATING[self.dtype_name].bits(value)
+
     def order(self, bits: int) -> int:
         """Map a bit pattern to a signed integer that orders as the numbers do, NaN outermost."""
         sign = 1 << (self.width - 1)
         return bits if bits < sign else (sign - 1) - bits
+
+
+_RELU = _activation(ZERO, ZERO, ONE, None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 from collections.abc import Hashable
 from importlib.machinery import PathFinder
 from typing import Any, NoReturn, cast
@@ -18,7 +19,6 @@ import array_api_compat
 import numpy as np
 
 from relu_xp.backends import Backend
-from relu_xp.backends import numpy as numpy_backend
 
 __all__ = [
     "BACKENDS",
@@ -31,13 +31,16 @@ __all__ = [
     "how_to_move",
     "namespace",
     "serving",
+    "warmup",
 ]
 
 ENTRY_POINTS = "relu_xp.backends"
+JIT = "RELU_XP_JIT"  # environment variable: 0 switches off what is compiled for the CPU
 
-BACKENDS: dict[type, Backend] = {np.ndarray: numpy_backend, np.memmap: numpy_backend}
+BACKENDS: dict[type, Backend] = {}
 
 _BUILT_IN = {"numpy": "relu_xp.backends.numpy", "cupy": "relu_xp.backends.cupy"}
+_COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
 _GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
@@ -153,7 +156,22 @@ def availability(name: str) -> str | None:
 def serving(name: str) -> str:
     """Return the module of the backend that serves a library's arrays, without importing it."""
     entry_point = _third_party(name)
-    return _BUILT_IN.get(name, _GENERIC) if entry_point is None else entry_point.value
+    if entry_point is not None:
+        return entry_point.value
+    if name == "numpy" and os.environ.get(JIT) != "0" and PathFinder.find_spec("llvmlite"):
+        return _COMPILED
+    return _BUILT_IN.get(name, _GENERIC)
+
+
+def warmup() -> None:
+    """Make now what is otherwise made along the way: the compiled kernels for NumPy arrays.
+
+    Without it no call waits for them either: NumPy serves until they are there. It takes some
+    seconds, once on a machine, and far less when the disk has them. Does nothing where llvmlite is
+    not installed (extra ``jit``); ``relu-xp info`` tells.
+    """
+    if serving("numpy") == _COMPILED:
+        importlib.import_module(f"{_COMPILED}.loader").loader.make_all()
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -166,6 +184,8 @@ def _in_one_line(error: BaseException) -> str:
 
 def _library_of(function: str, argument: str, x: Any) -> str:
     kind = type(x)
+    if kind in (np.ndarray, np.memmap):
+        return "numpy"
     if isinstance(x, np.ndarray):
         raise TypeError(
             f"{function}: {argument} is a {kind.__module__}.{kind.__qualname__}, whose own rules "
@@ -193,7 +213,7 @@ def _load(library: str) -> Backend:
     entry_point = _third_party(library)
     if entry_point is not None:
         return cast(Backend, entry_point.load())
-    return cast(Backend, importlib.import_module(_BUILT_IN.get(library, _GENERIC)))
+    return cast(Backend, importlib.import_module(serving(library)))
 
 
 def _third_party(library: str) -> importlib.metadata.EntryPoint | None:

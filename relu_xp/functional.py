@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar, cast
 
-from relu_xp.activation import Activation, Rounded, activation_of, is_integer
+from relu_xp.activation import ONE, ZERO, Activation, Rounded, activation_of, is_integer
 from relu_xp.backends import Backend
 from relu_xp.dispatch import backend_for, describe, how_to_move
 
@@ -32,9 +32,9 @@ def relu(
     x: ArrayT,
     /,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -98,8 +98,8 @@ def leaky_relu(
     /,
     negative_slope: float = 0.01,
     *,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -113,9 +113,9 @@ def relu6(
     x: ArrayT,
     /,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Apply ReLU with a ceiling of 6, where its gradient is 0 (Krizhevsky, 2010). See `relu`."""
@@ -127,9 +127,9 @@ def clipped_relu(
     /,
     max_value: float = 20.0,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     out: ArrayT | None = None,
 ) -> ArrayT:
     """Apply ReLU with a ceiling, 20 by default, where its gradient is 0 (Hannun et al., 2014).
@@ -146,8 +146,8 @@ def thresholded_relu(
     /,
     threshold: float = 1.0,
     *,
-    negative_slope: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -167,9 +167,9 @@ def relu_grad(
     x: ArrayT,
     /,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -195,8 +195,7 @@ def relu_grad(
         As `relu`; also TypeError for an integer `x`.
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
-    backend = backend_for("relu_grad", "x", x)
-    numbers = _rounded("relu_grad", "x", x, backend, activation, floating=True)
+    backend, numbers = _serving("relu_grad", "x", x, activation, floating=True)
     if out is not None:
         _check_out("relu_grad", out, x, "x", (x,), backend)
     ones = backend.ones_like(x)
@@ -209,9 +208,9 @@ def relu_backward(
     x: ArrayT,
     /,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
@@ -244,11 +243,8 @@ def relu_backward(
         or shapes.
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
-    backend = backend_for("relu_backward", "x", x)
-    numbers = _rounded("relu_backward", "x", x, backend, activation, floating=True)
-    shape = cast(Any, x).shape
-    _check_fits("relu_backward", "dy", dy, backend, backend.place(x), shape, "x is")
-    slopes = _rounded("relu_backward", "dy", dy, backend, activation, floating=True)
+    backend, numbers = _serving("relu_backward", "x", x, activation, floating=True)
+    slopes = _fitting("relu_backward", dy, activation, backend.place(x), cast(Any, x).shape, "x is")
     if out is not None:
         _check_out("relu_backward", out, dy, "dy", (dy, x), backend)
     dx: ArrayT = backend.backward_from_input(numbers, slopes, dy, x, out)
@@ -259,9 +255,9 @@ def relu_vjp(
     x: ArrayT,
     /,
     *,
-    negative_slope: float = 0.0,
-    threshold: float = 0.0,
-    positive_slope: float = 1.0,
+    negative_slope: float = ZERO,
+    threshold: float = ZERO,
+    positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> tuple[ArrayT, Pullback]:
@@ -330,8 +326,7 @@ class Pullback:
     def backward(self, function: str, dy: ArrayT, out: ArrayT | None) -> ArrayT:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
         backend = self._backend
-        _check_fits(function, "dy", dy, backend, self._place, self._shape, "forward saw")
-        slopes = _rounded(function, "dy", dy, backend, self._activation, floating=True)
+        slopes = _fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
         if out is not None:
             _check_out(function, out, dy, "dy", (dy,), backend)
         dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
@@ -345,8 +340,7 @@ class Pullback:
 
 def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None) -> ArrayT:
     """Return ``f(x)``, naming `function` where something is refused."""
-    backend = backend_for(function, "x", x)
-    numbers = _rounded(function, "x", x, backend, activation)
+    backend, numbers = _serving(function, "x", x, activation)
     if out is not None:
         _check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(numbers, x, out)
@@ -357,12 +351,27 @@ def forward_saving(
     function: str, activation: Activation, x: ArrayT, out: ArrayT | None
 ) -> tuple[ArrayT, Pullback]:
     """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
-    backend = backend_for(function, "x", x)
-    numbers = _rounded(function, "x", x, backend, activation, floating=True)
+    backend, numbers = _serving(function, "x", x, activation, floating=True)
     if out is not None:
         _check_out(function, out, x, "x", (x,), backend)
     y, saved = backend.forward_saving(numbers, x, out)
     return y, Pullback(activation, backend, x, saved)
+
+
+def _serving(
+    function: str, argument: str, array: Any, activation: Activation, floating: bool = False
+) -> tuple[Backend, Rounded]:
+    """Return an array's backend, and the numbers as its dtype holds them, if they suit it."""
+    served: tuple[Backend, Rounded]
+    try:
+        served = activation.served[type(array), array.dtype]
+    except (AttributeError, KeyError, TypeError):  # not seen before, or no array at all
+        backend = backend_for(function, argument, array)
+        served = backend, _rounded(function, argument, array, backend, activation, floating)
+        activation.served[type(array), array.dtype] = served
+    if floating and not served[1].floating:
+        raise _no_gradient(function, argument, array, served[0])
+    return served
 
 
 def _rounded(
@@ -371,24 +380,40 @@ def _rounded(
     array: Any,
     backend: Backend,
     activation: Activation,
-    floating: bool = False,
+    floating: bool,
 ) -> Rounded:
-    """Return the numbers as the array's dtype holds them, if it is one that they suit."""
     dtype = array.dtype
     numbers = activation.rounded.get((type(dtype), dtype))
     if numbers is None:
         try:
             name = backend.dtype_name(dtype)
-            if not (floating and is_integer(name)):  # which is refused below, whatever the numbers
-                numbers = activation.round_to(dtype, name)
+            if not (floating and is_integer(name)):  # which is refused, whatever the numbers
+                return activation.round_to(dtype, name)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{function}: {argument}: {error}") from None
-    if numbers is None or (floating and not numbers.floating):
-        raise TypeError(
-            f"{function}: {argument} has dtype {backend.dtype_name(dtype)}, which has no gradient; "
-            "convert it to a floating dtype first"
-        )
+        raise _no_gradient(function, argument, array, backend)
     return numbers
+
+
+def _no_gradient(function: str, argument: str, array: Any, backend: Backend) -> TypeError:
+    return TypeError(
+        f"{function}: {argument} has dtype {backend.dtype_name(array.dtype)}, which has no "
+        "gradient; convert it to a floating dtype first"
+    )
+
+
+def _fitting(
+    function: str,
+    dy: Any,
+    activation: Activation,
+    place: tuple[str, Hashable],
+    shape: tuple[int, ...],
+    seen: str,
+) -> Rounded:
+    """Return the numbers as the dtype of `dy` holds them, if it fits what was seen before."""
+    backend, slopes = _serving(function, "dy", dy, activation, floating=True)
+    _check_fits(function, "dy", dy, backend, place, shape, seen)
+    return slopes
 
 
 def _check_fits(
@@ -401,9 +426,8 @@ def _check_fits(
     seen: str,
 ) -> None:
     """Refuse an array of another library, device or shape than the one seen before."""
-    own_backend = backend_for(function, argument, array)
-    own_place = own_backend.place(array)
-    if own_place is not place and (own_backend is not backend or own_place != place):
+    own_place = backend.place(array)
+    if own_place is not place and own_place != place:
         raise (TypeError if own_place[0] != place[0] else ValueError)(
             f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
             f"{how_to_move(argument, own_place, place)}"
@@ -419,7 +443,8 @@ def _check_out(
 ) -> None:
     """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
     place = backend.place(like)
-    _check_fits(function, "out", out, backend, place, like.shape, f"{argument} is")
+    own_backend = backend_for(function, "out", out)
+    _check_fits(function, "out", out, own_backend, place, like.shape, f"{argument} is")
     if out.dtype != like.dtype:
         raise TypeError(
             f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "

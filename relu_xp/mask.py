@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Mask", "pack", "shaped", "unpack", "unpack_part"]
+__all__ = ["Mask", "empty", "pack", "pack_part", "shaped", "unpack", "unpack_part"]
 
 
 class Mask:
@@ -50,14 +50,18 @@ class Mask:
         return int(self.data.nbytes)
 
 
+def empty(size: int, pieces: int) -> npt.NDArray[np.uint8]:
+    """Return the buffer of a NumPy mask for so many elements, to be filled."""
+    return np.empty(size if pieces == 3 else -(-size // 8), np.uint8)
+
+
 def pack(pieces: npt.NDArray[Any], fortran: bool, count: int) -> npt.NDArray[np.uint8]:
     """Return pieces as the mask stores them, in NumPy.
 
     Parameters
     ----------
     pieces : ndarray of bool or uint8
-        1-D in the mask's order, or of the array's shape. If only a part of the array, its length
-        must be a multiple of 8 for another part to follow.
+        1-D in the mask's order, or of the array's shape.
     fortran : bool
         Whether the mask's elements count in Fortran order.
     count : int
@@ -65,6 +69,16 @@ def pack(pieces: npt.NDArray[Any], fortran: bool, count: int) -> npt.NDArray[np.
     """
     ordered = pieces.T if fortran else pieces
     return np.packbits(ordered, None, "little") if count == 2 else ordered.reshape(-1)
+
+
+def pack_part(mask: Mask, part: slice | None, pieces: npt.NDArray[Any]) -> None:
+    """Fill in some pieces of a NumPy mask, or all of them; they start at a multiple of 8."""
+    if part is None:
+        mask.data[...] = pack(pieces, mask.fortran, mask.pieces)
+    elif mask.pieces == 3:
+        mask.data[part] = pieces
+    else:
+        mask.data[part.start // 8 : -(-part.stop // 8)] = pack(pieces, False, 2)
 
 
 def unpack(mask: Mask) -> npt.NDArray[np.uint8]:

@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import shutil
 import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ class Library:
     strided = True
     writable = True
     gpu = False
+    backend = "numpy"  # that is to serve its arrays
 
     def load(self):
         """Import the library; return why it cannot be, or None."""
@@ -55,11 +57,69 @@ class Library:
 
     def running(self):
         """Return the context manager that a test of the library runs in."""
+        if self.backend in ("numpy", "llvm"):
+            return serving_numpy(f"relu_xp.backends.{self.backend}")
         return contextlib.nullcontext()
+
+
+class Compiled(Library):
+    """NumPy arrays, and the kernels that LLVM compiles for them."""
+
+    name = "numpy_llvm"
+    backend = "llvm"
+
+    def load(self):
+        reason = _missing("llvmlite")
+        if reason is None:
+            import relu_xp
+            from relu_xp.backends.llvm.loader import loader
+
+            relu_xp.warmup()
+            if loader.failure:
+                raise loader.failure
+        return reason
+
+
+class Streaming(Compiled):
+    """The same, as for arrays beyond the caches: every call by two threads past the caches."""
+
+    name = "numpy_llvm_streaming"
+
+    @contextlib.contextmanager
+    def running(self):
+        from relu_xp.backends import llvm
+        from relu_xp.backends.llvm.ir import BOARD
+        from relu_xp.backends.llvm.loader import loader
+
+        words = [BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
+        before = loader.board[words]
+        with mock.patch.object(llvm, "_MANY", 0), super().running():
+            loader.board[words] = 0
+            try:
+                yield
+            finally:
+                loader.board[words] = before
+
+
+@contextlib.contextmanager
+def serving_numpy(module):
+    """Let a backend serve NumPy arrays, and no other."""
+    from relu_xp import activation, dispatch
+
+    def forget():
+        activation._RELU.served.clear()
+        activation._activation.cache_clear()
+
+    backend = importlib.import_module(module)
+    forget()
+    with mock.patch.dict(dispatch.BACKENDS, {np.ndarray: backend, np.memmap: backend}):
+        yield
+    forget()
 
 
 class ArrayApiStrict(Library):
     name = "array_api_strict"
+    backend = "generic"
     dtypes = ("float32", "float64")
     strided = False
 
@@ -87,6 +147,7 @@ class ArrayApiStrict(Library):
 
 class Torch(Library):
     name = "torch"
+    backend = "generic"
     strided = False
 
     def load(self):
@@ -113,6 +174,7 @@ class Torch(Library):
 
 class Jax(Library):
     name = "jax"
+    backend = "generic"
     subnormals = False
     payloads = False  # of bfloat16: XLA selects in float32
     strided = False
@@ -142,6 +204,7 @@ class CupyHost(Library):
     """CuPy's arrays over host memory, its kernels compiled with g++: see cupy_host.py."""
 
     name = "cupy_host"
+    backend = "cupy"
 
     def load(self):
         if shutil.which("g++") is None:
@@ -175,6 +238,7 @@ class CupyHost(Library):
 
 class Cupy(Library):
     name = "cupy"
+    backend = "cupy"
     gpu = True
 
     def load(self):
@@ -206,10 +270,8 @@ class Cupy(Library):
         return cupy.asnumpy(x)
 
 
-LIBRARIES = {
-    library.name: library
-    for library in (Library(), ArrayApiStrict(), Torch(), Jax(), CupyHost(), Cupy())
-}
+_ALL = (Library, Compiled, Streaming, ArrayApiStrict, Torch, Jax, CupyHost, Cupy)
+LIBRARIES = {library.name: library() for library in _ALL}
 
 
 def _missing(module):

@@ -8,21 +8,22 @@ branch. The tests that choose are two integer comparisons each, for every thresh
 (`_upper`, `_below_ceiling`).
 
 Contiguous arrays are taken in blocks, so that what one call leaves is still in the cache when the
-next one reads it. Everything else goes through whole: NumPy's own loops know every stride.
+next one reads it; large ones by several threads, since NumPy's loops release the GIL. Everything
+else goes through whole: NumPy's own loops know every stride.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from relu_xp.activation import Activation, Rounded
-from relu_xp.backends import check_memory
-from relu_xp.mask import Mask, pack, shaped, unpack, unpack_part
+from relu_xp.backends import check_memory, threads
+from relu_xp.mask import Mask, empty, pack, pack_part, shaped, unpack, unpack_part
 
 __all__ = [
     "backward",
@@ -39,6 +40,7 @@ __all__ = [
 _Array = npt.NDArray[Any]
 
 _BLOCK = 1 << 16  # elements, a multiple of 8; a block and its temporaries fit a core's L2 cache
+_THREADED = 1 << 20  # elements: to have a thread do half of it takes less than to do it
 _PLACE = ("numpy", None)
 _SUBNORMAL = 5e-324  # false while this thread's processor treats subnormals as zero
 _ZERO: dict[np.dtype[Any], _Array] = {}  # of the dtypes for which numpy.maximum(x, 0) is exact
@@ -123,7 +125,8 @@ def _maximum_is_exact(dtype: np.dtype[Any]) -> bool:
 
 def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     """Return f(x). See `relu_xp.backends.Backend`."""
-    if numbers.plain and _SUBNORMAL and (zero := _ZERO.get(x.dtype)) is not None:
+    small = x.size < _THREADED
+    if small and numbers.plain and _SUBNORMAL and (zero := _ZERO.get(x.dtype)) is not None:
         if out is None and x.ndim:  # a ufunc makes a scalar of a 0-d array
             return np.maximum(x, zero)
         return np.maximum(x, zero, out=_fresh(x) if out is None else out)
@@ -132,8 +135,7 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
         return _forward_integer(numbers, x, y)
     k = _constants(numbers, x.dtype)
     block = _plain_block if numbers.plain else _forward_block
-    for _, xs, ys in _blocks(x.flags.fnc, x, y):
-        block(k, xs, ys)
+    _each_block(lambda _, xs, ys: block(k, xs, ys), x.flags.fnc, x, y)
     return y
 
 
@@ -146,12 +148,13 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
         return y, Mask(pack(np.not_equal(y, zero), fortran, 2), x.shape, fortran, 2)
     y = _fresh(x) if out is None else out
     k = _constants(numbers, x.dtype)
-    parts = [
-        pack(_forward_block(k, xs, ys), fortran, numbers.pieces)
-        for _, xs, ys in _blocks(fortran, x, y)
-    ]
-    data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return y, Mask(data, x.shape, fortran, numbers.pieces)
+    mask = Mask(empty(x.size, numbers.pieces), x.shape, fortran, numbers.pieces)
+
+    def save(part: slice | None, xs: _Array, ys: _Array) -> None:
+        pack_part(mask, part, _forward_block(k, xs, ys))
+
+    _each_block(save, fortran, x, y)
+    return y, mask
 
 
 def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:
@@ -166,8 +169,11 @@ def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _
         np.bitwise_and(dy.view(k.unsigned), keep, keep)
         return keep.view(k.dtype)
     dx = _fresh(dy) if out is None else out
-    for part, dys, dxs in _blocks(saved.fortran, dy, dx):
+
+    def block(part: slice | None, dys: _Array, dxs: _Array) -> None:
         _backward_block(k, dys, unpack_part(saved, part) if part else unpack(saved), dxs)
+
+    _each_block(block, saved.fortran, dy, dx)
     return dx
 
 
@@ -177,10 +183,13 @@ def backward_from_input(
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     dx = _fresh(x, dy.dtype) if out is None else out
     kx, k = _constants(numbers, x.dtype), _constants(slopes, dy.dtype)
-    for _, xs, dys, dxs in _blocks(x.flags.fnc, x, dy, dx):
+
+    def block(_: slice | None, xs: _Array, dys: _Array, dxs: _Array) -> None:
         bits = xs.view(kx.unsigned)
         below = None if kx.ceiling is None else _below_ceiling(kx, _high(kx, bits))
         _backward_block(k, dys, _pieces(kx, _upper(kx, bits), below), dxs)
+
+    _each_block(block, x.flags.fnc, x, dy, dx)
     return dx
 
 
@@ -224,22 +233,28 @@ def _address(x: _Array) -> int:
     return int(x.__array_interface__["data"][0])
 
 
-def _blocks(fortran: bool, *arrays: _Array) -> Iterable[tuple[Any, ...]]:
-    """Return matching parts of the arrays, one after another, each after its slice.
+def _each_block(function: Callable[..., object], fortran: bool, *arrays: _Array) -> None:
+    """Call a function with matching parts of the arrays, after their slice.
 
     1-D parts of at most `_BLOCK` elements in C (or Fortran) order where each is contiguous so, or
     one element broadcast; else the arrays as they are, after None, but 1-D instead of 0-D: ufuncs
     make scalars of those.
     """
     size = arrays[0].size
+    flat: list[_Array] = []
     if size > _BLOCK:
-        flat = [_flat(array.T if fortran else array) for array in arrays]
-        if all(array is not None for array in flat):
-            parts = [slice(i, min(i + _BLOCK, size)) for i in range(0, size, _BLOCK)]
-            return ((part, *[array[part] for array in flat if array is not None]) for part in parts)
-    if arrays[0].ndim == 0:
-        arrays = tuple(array.reshape(1) for array in arrays)
-    return ((None, *arrays),)
+        views = [_flat(array.T if fortran else array) for array in arrays]
+        flat = [view for view in views if view is not None]
+    if len(flat) < len(arrays):
+        function(None, *(array if array.ndim else array.reshape(1) for array in arrays))
+        return
+    slices = (slice(i, min(i + _BLOCK, size)) for i in range(0, size, _BLOCK))
+    parts = ((part, *[array[part] for array in flat]) for part in slices)
+    if size < _THREADED:
+        for part in parts:
+            function(*part)
+    else:
+        threads.run(function, parts)
 
 
 def _flat(array: _Array) -> _Array | None:

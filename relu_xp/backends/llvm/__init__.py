@@ -1,0 +1,150 @@
+"""NumPy arrays with kernels compiled by LLVM, where llvmlite is installed (extra ``jit``).
+
+The results are those of `relu_xp.backends.numpy`, bit for bit, and that module serves whatever has
+no kernel: integers, strides, two dtypes at once. It also serves until the kernels are there. They
+are asked for when there has been work enough to be worth it, compiled or read from disk on a
+thread of their own, and taken up when they are ready: no call ever waits for a compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relu_xp.activation import Rounded
+from relu_xp.backends import numpy as _numpy
+from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm.crew import THREADED
+from relu_xp.backends.llvm.loader import loader
+from relu_xp.backends.numpy import check_out, dtype_name, ones_like, place, saved_nbytes
+from relu_xp.mask import Mask
+
+__all__ = [
+    "backward",
+    "backward_from_input",
+    "check_out",
+    "dtype_name",
+    "forward",
+    "forward_saving",
+    "ones_like",
+    "place",
+    "saved_nbytes",
+]
+
+_Array = npt.NDArray[Any]
+
+_MANY = THREADED // 8  # elements: fewer are never worth a helper
+_WORTH = 1 << 20  # elements, of which a call counts for `_CALL` at least, before kernels are made
+_CALL = 1 << 10
+_MASK = 32  # elements: a mask of ours is a whole number of these, as a line of 16-bit floats is
+
+
+class _Member:
+    """An activation's numbers as the kernels read them: a record for each kind (`ir.RECORD`)."""
+
+    __slots__ = (*ir.KINDS, "_due", "_structure", "ready")
+
+    forward: _Array
+    forward_saving: _Array
+    backward: _Array
+    backward_from_input: _Array
+
+    def __init__(self, numbers: Rounded) -> None:
+        self.ready = False
+        self._due = _WORTH
+        self._structure = ir.structure_of(numbers) if numbers.floating else None
+        if self._structure is not None:
+            start = ir.RECORD["constants"]
+            words = np.array(ir.constants(numbers), f"u{numbers.width // 8}")
+            for kind in ir.KINDS:
+                record = np.zeros(start + len(words), np.int64)
+                record[ir.RECORD["itemsize"]] = words.itemsize
+                record[start:].view(words.dtype)[: len(words)] = words
+                setattr(self, kind, record)
+
+    def prepare(self, size: int) -> bool:
+        """Take up the kernels if they are there; ask for them if enough has been done without."""
+        if self._structure is None:
+            return False
+        addresses = loader.addresses.get(self._structure)
+        if addresses is None:
+            self._due -= max(size, _CALL)
+            if self._due <= 0:
+                self._due = _WORTH
+                loader.request(self._structure)
+            return False
+        for name, address in addresses.items():
+            kind, _, form = name.rpartition("_")
+            getattr(self, kind)[ir.RECORD[form]] = address
+        self.ready = True
+        return True
+
+
+_member = functools.lru_cache(maxsize=1024)(_Member)
+
+
+def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
+    """Return f(x). See `relu_xp.backends.Backend`."""
+    member = _member(numbers)
+    size = x.size
+    if member.ready or member.prepare(size):
+        if size >= _MANY:
+            loader.wake()
+        y = loader.call(member.forward, size, out, x)
+        if y is not None:
+            return y
+    return _numpy.forward(numbers, x, out)
+
+
+def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Array, Mask]:
+    """Return f(x) and the packed mask. See `relu_xp.backends.Backend`."""
+    member = _member(numbers)
+    size = x.size
+    if member.ready or member.prepare(size):
+        if size >= _MANY:
+            loader.wake()
+        if numbers.pieces == 3:
+            data = np.empty(size, np.uint8)
+        elif size % _MASK:  # the kernel may leave out what is beyond the last element
+            data = np.zeros((size // _MASK + 1) * (_MASK // 8), np.uint8)
+        else:
+            data = np.empty(size // 8, np.uint8)
+        y = loader.call(member.forward_saving, size, out, x, data)
+        if y is not None:
+            return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
+    return _numpy.forward_saving(numbers, x, out)
+
+
+def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:
+    """Return f'(x) * dy from the mask. See `relu_xp.backends.Backend`."""
+    member = _member(numbers)
+    size = dy.size
+    if (member.ready or member.prepare(size)) and dy.flags.fnc == saved.fortran:
+        if size >= _MANY:
+            loader.wake()
+        data = saved.data
+        if saved.pieces == 2 and data.size % (_MASK // 8):  # one that NumPy made
+            data = np.zeros((size // _MASK + 1) * (_MASK // 8), np.uint8)
+            data[: saved.data.size] = saved.data
+        dx = loader.call(member.backward, size, out, dy, data)
+        if dx is not None:
+            return dx
+    return _numpy.backward(numbers, dy, saved, out)
+
+
+def backward_from_input(
+    numbers: Rounded, slopes: Rounded, dy: _Array, x: _Array, out: _Array | None
+) -> _Array:
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
+    member = _member(numbers)
+    size = dy.size
+    if slopes is numbers and (member.ready or member.prepare(size)):
+        if size >= _MANY:
+            loader.wake()
+        dx = loader.call(member.backward_from_input, size, out, dy, x)
+        if dx is not None:
+            return dx
+    return _numpy.backward_from_input(numbers, slopes, dy, x, out)

@@ -1,0 +1,210 @@
+"""Compiles the kernels, keeps them on disk, and makes Python functions of them.
+
+What was compiled lies in the user's cache folder, under a name made of all that it depends on, with
+a checksum: code that is not what was written there is compiled again. Where nothing can be written,
+each process compiles for itself, some 40 ms a structure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from relu_xp.backends.llvm import ir
+
+__all__ = ["Engine", "cache_folder"]
+
+_HEADER = object.__basicsize__
+_METH_FASTCALL = 0x80
+_NEW_LIKE_ARRAY = 277  # PyArray_NewLikeArray
+_DIGEST = hashlib.sha256().digest_size
+
+
+class Engine:
+    """LLVM for this machine.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        If LLVM is not there, or Python, NumPy or the machine is not one that the kernels know.
+    """
+
+    def __init__(self) -> None:
+        if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
+            raise RuntimeError("the kernels are for 64-bit CPython")
+        machine = platform.machine().lower()
+        if machine not in ir.MACHINES:
+            raise RuntimeError(f"the kernels are not for the processor architecture {machine!r}")
+        self.c_api = _c_api()
+        import llvmlite.binding as llvm
+
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        features = llvm.get_host_cpu_features()
+        target = llvm.Target.from_default_triple()
+        self._llvm = llvm
+        self._machine = target.create_target_machine(
+            cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True
+        )
+        self._float16 = machine not in ("x86_64", "amd64") or bool(features.get("f16c"))
+        self._target = "\n".join(
+            (
+                str(llvm.llvm_version_info),
+                target.triple,
+                llvm.get_host_cpu_name(),
+                features.flatten(),
+            )
+        )
+
+    def serves(self, structure: ir.Structure) -> bool:
+        """Tell whether a structure can be compiled: not if LLVM needed a library for its floats."""
+        products = structure.low or structure.scaled
+        return self._float16 or not products or structure.dtype_name != "float16"
+
+    def addresses(self, text: str, names: Sequence[str]) -> dict[str, int]:
+        """Return where functions of a module lie, compiling it unless the disk has it.
+
+        Parameters
+        ----------
+        text : str
+            LLVM IR.
+        names : sequence of str
+            The functions.
+        """
+        key = hashlib.sha256(f"{self._target}\n{text}".encode()).hexdigest()
+        file = cache_folder() / f"{key}.o"
+        code = _read(file)
+        if code is None:
+            module = self._llvm.parse_assembly(text)
+            module.verify()
+            code = self._machine.emit_object(module)
+            _write(file, code)
+        jit = self._llvm.create_mcjit_compiler(self._llvm.parse_assembly(""), self._machine_again())
+        jit.add_object_file(self._llvm.object_file.ObjectFileRef.from_data(code))
+        jit.finalize_object()
+        found = {name: jit.get_function_address(name) for name in names}
+        jit.detach()  # the code is never freed: at exit, a thread may still be in it
+        return found
+
+    def _machine_again(self) -> Any:
+        """Return a target machine to be given away: a JIT takes the one that it is made with."""
+        return self._llvm.Target.from_default_triple().create_target_machine(jit=True)
+
+    def runtime(self, board: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+        """Return the functions ``call`` and ``help`` over a board. See `ir.runtime`."""
+        names = ("call", "help")
+        addresses = self.addresses(ir.runtime(_HEADER), names)
+        return tuple(self._function(name, addresses[name], board) for name in names)
+
+    def _function(self, name: str, address: int, board: np.ndarray[Any, Any]) -> Any:
+        """Make a builtin of compiled code: 20 ns a call, where ctypes takes 330."""
+        definition = _MethodDefinition(name.encode(), address, _METH_FASTCALL, None)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(definition))  # likewise
+        new = ctypes.pythonapi.PyCFunction_NewEx
+        new.argtypes = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
+        new.restype = ctypes.py_object
+        return new(ctypes.byref(definition), board, None)
+
+
+class _MethodDefinition(ctypes.Structure):
+    """PyMethodDef."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+def cache_folder() -> Path:
+    """Return the folder that compiled code is kept in; it may not exist."""
+    if sys.platform == "win32":
+        root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        root = "~/Library/Caches"
+    else:
+        root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "relu_xp"
+
+
+def _c_api() -> dict[str, int]:
+    """Return the addresses that a board has, by their names there.
+
+    Raises
+    ------
+    RuntimeError
+        If arrays do not lie in memory as the kernels read them, which is tried on some.
+    """
+    python = {
+        "save_thread": "PyEval_SaveThread",
+        "restore_thread": "PyEval_RestoreThread",
+        "as_ssize_t": "PyLong_AsSsize_t",
+        "incref": "Py_IncRef",
+    }
+    addresses = {
+        name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value or 0
+        for name, function in python.items()
+    }
+    addresses["none"] = id(None)
+    addresses["new_like"] = _numpy_function(_NEW_LIKE_ARRAY)
+    new_like = ctypes.PYFUNCTYPE(
+        ctypes.py_object, ctypes.py_object, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+    )(addresses["new_like"])
+    for array in (np.ones((2, 3)), np.ones((2, 3), "f4", order="F"), np.ones((4, 6))[1::2, ::2]):
+        data = ctypes.c_size_t.from_address(id(array) + _HEADER).value
+        flags = ctypes.c_int.from_address(id(array) + _HEADER + 48).value
+        known = data == array.__array_interface__["data"][0]
+        known = known and flags & 0x103 == array.flags.num & 0x103
+        fresh, expected = new_like(array, ir.KEEP_ORDER, None, 0), np.empty_like(array)
+        known = known and fresh.dtype == expected.dtype and fresh.strides == expected.strides
+        if not known:
+            raise RuntimeError("NumPy's arrays lie in memory in an unknown way")
+    return addresses
+
+
+def _numpy_function(number: int) -> int:
+    """Return the address of a function of NumPy's C API, whose numbers are part of its ABI."""
+    capsule = np._core._multiarray_umath._ARRAY_API  # type: ignore[attr-defined]
+    get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+        ("PyCapsule_GetPointer", ctypes.pythonapi)
+    )
+    table = ctypes.cast(get_pointer(capsule, None), ctypes.POINTER(ctypes.c_void_p))
+    abi_version = ctypes.PYFUNCTYPE(ctypes.c_uint)(table[0])() >> 24
+    if abi_version != 2 or not (address := table[number]):
+        raise RuntimeError(f"NumPy's C API has the unknown version {abi_version}")
+    return int(address)
+
+
+def _read(file: Path) -> bytes | None:
+    """Return what `_write` wrote; None if there is no such file, or it is damaged."""
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    code = content[_DIGEST:]
+    return code if hashlib.sha256(code).digest() == content[:_DIGEST] else None
+
+
+def _write(file: Path, code: bytes) -> None:
+    """Write a file as a whole or not at all; a folder that cannot be written is left alone."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, temporary = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, file)
+        except BaseException:
+            os.unlink(temporary)
+            raise

@@ -1,0 +1,120 @@
+"""Decides when kernels are made, and holds what is ready."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm.crew import Crew, new_board
+from relu_xp.backends.llvm.engine import Engine
+
+__all__ = ["Loader", "loader"]
+
+_Array = npt.NDArray[Any]
+
+
+class Loader:
+    """Makes the kernels of one structure after another, on a thread that ends with its work.
+
+    Attributes
+    ----------
+    addresses : dict of Structure to dict of str to int
+        What is ready: where the function of each name lies.
+    failure : Exception or None
+        Why nothing ever will be.
+    board : array
+        What callers and helpers share (`ir.BOARD`), once there is a kernel.
+    """
+
+    board: npt.NDArray[np.int64]
+
+    def __init__(self) -> None:
+        self.addresses: dict[ir.Structure, dict[str, int]] = {}
+        self.failure: Exception | None = None
+        self._engine: Engine | None = None
+        self._asked: list[ir.Structure] = []
+        self._thread: threading.Thread | None = None
+        self._queue = threading.Lock()
+        self._making = threading.Lock()
+        if hasattr(os, "register_at_fork"):  # which waits, for the sake of the locks within LLVM
+            os.register_at_fork(
+                before=self._making.acquire,
+                after_in_parent=self._making.release,
+                after_in_child=self._forget_thread,
+            )
+
+    def call(
+        self, record: _Array, size: int, out: _Array | None, x: _Array, other: _Array | None = None
+    ) -> _Array | None:
+        """Run a kernel, if there is one (`ir.runtime`, which takes the place of this)."""
+        return None
+
+    def wake(self) -> None:
+        """See to it that helpers are awake, if there are any (`Crew`, likewise)."""
+
+    def request(self, structure: ir.Structure) -> None:
+        """See to it that a structure's kernels will be there some time soon."""
+        with self._queue:
+            if self.failure is not None or structure in self._asked:
+                return
+            self._asked.append(structure)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="relu_xp-compiler")
+                try:
+                    self._thread.start()
+                except RuntimeError:  # no more threads, or the interpreter is shutting down
+                    self._thread = None
+                    self._asked.clear()
+
+    def make(self, structure: ir.Structure) -> None:
+        """Make a structure's kernels now, if they are not there."""
+        with self._making:
+            if structure in self.addresses or self.failure is not None:
+                return
+            try:
+                engine = self.engine()
+                if engine.serves(structure):
+                    self.addresses[structure] = engine.addresses(ir.kernels(structure), ir.NAMES)
+            except Exception as error:  # NumPy serves on, and `relu-xp info` tells why
+                self.failure = error
+
+    def make_all(self) -> None:
+        """Make every kernel there is, now."""
+        for structure in ir.structures():
+            self.make(structure)
+
+    def engine(self) -> Engine:
+        """Return the compiler; make it, and the function that calls kernels, if it is the first."""
+        if self._engine is None:
+            engine = Engine()
+            self.board = new_board(engine.c_api)
+            self.call, help_call = engine.runtime(self.board)  # type: ignore[method-assign]
+            self.wake = Crew(self.board, help_call).wake  # type: ignore[method-assign]
+            self._engine = engine
+        return self._engine
+
+    def _run(self) -> None:
+        while True:
+            with self._queue:
+                if not self._asked or not threading.main_thread().is_alive():
+                    self._thread = None
+                    return
+                structure = self._asked[0]
+            self.make(structure)
+            with self._queue:
+                self._asked.remove(structure)
+
+    def _forget_thread(self) -> None:
+        """Be ready to go on: this process was forked, and has only the thread that forked it."""
+        self._queue = threading.Lock()
+        self._asked = []
+        self._thread = None
+        self._making.release()
+
+
+loader = Loader()
