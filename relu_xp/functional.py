@@ -442,14 +442,14 @@ def _check_out(
     function: str, out: Any, like: Any, argument: str, inputs: Sequence[Any], backend: Backend
 ) -> None:
     """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
-    place = backend.place(like)
-    own_backend = backend_for(function, "out", out)
-    _check_fits(function, "out", out, own_backend, place, like.shape, f"{argument} is")
-    if out.dtype != like.dtype:
-        raise TypeError(
-            f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
-            "give an array of that dtype"
-        )
+    if out is not like:
+        place, its_backend = backend.place(like), backend_for(function, "out", out)
+        _check_fits(function, "out", out, its_backend, place, like.shape, f"{argument} is")
+        if out.dtype != like.dtype:
+            raise TypeError(
+                f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
+                "give an array of that dtype"
+            )
     try:
         backend.check_out(out, inputs)
     except (TypeError, ValueError) as error:

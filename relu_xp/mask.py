@@ -12,13 +12,20 @@ The format, the same on every device, so that each side can test the other:
 
 from __future__ import annotations
 
+import collections
 import math
+import weakref
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Mask", "empty", "pack", "pack_part", "shaped", "unpack", "unpack_part"]
+__all__ = ["Mask", "buffer", "pack", "pack_part", "shaped", "unpack", "unpack_part"]
+
+_LARGE = 1 << 17  # bytes, from which on malloc gives memory back at once
+_SPARE_MOST = 1 << 26  # bytes kept for masks to come
+
+_spare: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
 
 
 class Mask:
@@ -50,9 +57,36 @@ class Mask:
         return int(self.data.nbytes)
 
 
-def empty(size: int, pieces: int) -> npt.NDArray[np.uint8]:
-    """Return the buffer of a NumPy mask for so many elements, to be filled."""
-    return np.empty(size if pieces == 3 else -(-size // 8), np.uint8)
+def buffer(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Return memory for a NumPy mask, to be filled.
+
+    That of a large mask is kept when the mask is gone, for the next of its size, as a training step
+    follows the other: fresh pages cost a forward pass a fifth of its time.
+    """
+    if nbytes < _LARGE:
+        return np.empty(nbytes, np.uint8)
+    for _ in range(len(_spare)):
+        try:
+            memory = _spare.popleft()
+        except IndexError:  # another thread took the last
+            break
+        if memory.size == nbytes:
+            return _lend(memory)
+        _spare.append(memory)
+    _spare.clear()  # sizes have changed
+    return _lend(np.empty(nbytes, np.uint8))
+
+
+def _lend(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return a view; when it is gone, the memory goes back."""
+    view = memory[:]
+    weakref.finalize(view, _take_back, memory).atexit = False
+    return view
+
+
+def _take_back(memory: npt.NDArray[np.uint8]) -> None:
+    if memory.size + sum(other.size for other in list(_spare)) <= _SPARE_MOST:
+        _spare.append(memory)
 
 
 def pack(pieces: npt.NDArray[Any], fortran: bool, count: int) -> npt.NDArray[np.uint8]:

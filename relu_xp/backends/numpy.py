@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import check_memory, threads
-from relu_xp.mask import Mask, empty, pack, pack_part, shaped, unpack, unpack_part
+from relu_xp.mask import Mask, buffer, pack, pack_part, shaped, unpack, unpack_part
 
 __all__ = [
     "backward",
@@ -148,7 +148,8 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
         return y, Mask(pack(np.not_equal(y, zero), fortran, 2), x.shape, fortran, 2)
     y = _fresh(x) if out is None else out
     k = _constants(numbers, x.dtype)
-    mask = Mask(empty(x.size, numbers.pieces), x.shape, fortran, numbers.pieces)
+    data = buffer(x.size if numbers.pieces == 3 else -(-x.size // 8))
+    mask = Mask(data, x.shape, fortran, numbers.pieces)
 
     def save(part: slice | None, xs: _Array, ys: _Array) -> None:
         pack_part(mask, part, _forward_block(k, xs, ys))

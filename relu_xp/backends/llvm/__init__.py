@@ -20,7 +20,7 @@ from relu_xp.backends.llvm import ir
 from relu_xp.backends.llvm.crew import THREADED
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.backends.numpy import check_out, dtype_name, ones_like, place, saved_nbytes
-from relu_xp.mask import Mask
+from relu_xp.mask import Mask, buffer
 
 __all__ = [
     "backward",
@@ -92,7 +92,7 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     size = x.size
     if member.ready or member.prepare(size):
         if size >= _MANY:
-            loader.wake()
+            loader.muster()
         y = loader.call(member.forward, size, out, x)
         if y is not None:
             return y
@@ -105,13 +105,14 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
     size = x.size
     if member.ready or member.prepare(size):
         if size >= _MANY:
-            loader.wake()
+            loader.muster()
         if numbers.pieces == 3:
-            data = np.empty(size, np.uint8)
+            data = buffer(size)
         elif size % _MASK:  # the kernel may leave out what is beyond the last element
-            data = np.zeros((size // _MASK + 1) * (_MASK // 8), np.uint8)
+            data = buffer((size // _MASK + 1) * (_MASK // 8))
+            data[-_MASK // 8 :] = 0
         else:
-            data = np.empty(size // 8, np.uint8)
+            data = buffer(size // 8)
         y = loader.call(member.forward_saving, size, out, x, data)
         if y is not None:
             return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
@@ -124,7 +125,7 @@ def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _
     size = dy.size
     if (member.ready or member.prepare(size)) and dy.flags.fnc == saved.fortran:
         if size >= _MANY:
-            loader.wake()
+            loader.muster()
         data = saved.data
         if saved.pieces == 2 and data.size % (_MASK // 8):  # one that NumPy made
             data = np.zeros((size // _MASK + 1) * (_MASK // 8), np.uint8)
@@ -143,7 +144,7 @@ def backward_from_input(
     size = dy.size
     if slopes is numbers and (member.ready or member.prepare(size)):
         if size >= _MANY:
-            loader.wake()
+            loader.muster()
         dx = loader.call(member.backward_from_input, size, out, dy, x)
         if dx is not None:
             return dx

@@ -101,8 +101,8 @@ class Engine:
         return self._llvm.Target.from_default_triple().create_target_machine(jit=True)
 
     def runtime(self, board: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        """Return the functions ``call`` and ``help`` over a board. See `ir.runtime`."""
-        names = ("call", "help")
+        """Return the functions ``call``, ``help`` and ``ring`` over a board (`ir.runtime`)."""
+        names = ("call", "help", "ring")
         addresses = self.addresses(ir.runtime(_HEADER), names)
         return tuple(self._function(name, addresses[name], board) for name in names)
 
@@ -151,11 +151,23 @@ def _c_api() -> dict[str, int]:
         "restore_thread": "PyEval_RestoreThread",
         "as_ssize_t": "PyLong_AsSsize_t",
         "incref": "Py_IncRef",
+        "acquire_lock": "PyThread_acquire_lock",
+        "release_lock": "PyThread_release_lock",
     }
     addresses = {
         name: ctypes.cast(getattr(ctypes.pythonapi, function), ctypes.c_void_p).value or 0
         for name, function in python.items()
     }
+    system = {"give_way": "SwitchToThread" if sys.platform == "win32" else "sched_yield"}
+    if sys.platform == "linux":
+        system |= {
+            "get_cpu": "sched_getcpu",
+            "get_affinity": "sched_getaffinity",
+            "set_affinity": "sched_setaffinity",
+        }
+    library = ctypes.CDLL("kernel32" if sys.platform == "win32" else None)
+    for name, function in system.items():
+        addresses[name] = ctypes.cast(getattr(library, function), ctypes.c_void_p).value or 0
     addresses["none"] = id(None)
     addresses["new_like"] = _numpy_function(_NEW_LIKE_ARRAY)
     new_like = ctypes.PYFUNCTYPE(

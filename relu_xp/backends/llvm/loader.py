@@ -54,8 +54,8 @@ class Loader:
         """Run a kernel, if there is one (`ir.runtime`, which takes the place of this)."""
         return None
 
-    def wake(self) -> None:
-        """See to it that helpers are awake, if there are any (`Crew`, likewise)."""
+    def muster(self) -> None:
+        """See to it that there are helpers, for large arrays (`Crew.muster`, likewise)."""
 
     def request(self, structure: ir.Structure) -> None:
         """See to it that a structure's kernels will be there some time soon."""
@@ -93,8 +93,9 @@ class Loader:
         if self._engine is None:
             engine = Engine()
             self.board = new_board(engine.c_api)
-            self.call, help_call = engine.runtime(self.board)  # type: ignore[method-assign]
-            self.wake = Crew(self.board, help_call).wake  # type: ignore[method-assign]
+            call, *others = engine.runtime(self.board)
+            self.muster = Crew(self.board, *others).muster  # type: ignore[method-assign]
+            self.call = call  # type: ignore[method-assign]
             self._engine = engine
         return self._engine
 
