@@ -18,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from relu_xp import __version__, dispatch, plotting, training
+from relu_xp.backends import threads
 
 __all__ = ["main"]
 
 # Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
-_OPTIONAL = ("ml_dtypes", "numba", "sklearn", "tqdm", "matplotlib")
+_OPTIONAL = ("ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LABEL, _WIDTH = 20, 79
@@ -170,7 +171,7 @@ def _info(_: argparse.Namespace) -> int:
             "Kernels": {name: _kernels(name) for name in dispatch.LIBRARIES},
             "Third-party backends": _third_party(),
             "GPU": dict(_gpus(reasons["cupy"])),
-            "CPU": {"threads": f"{_threads()} (CPUs that this process may use)"},
+            "CPU": {"threads": _threads()},
         }
     for number, (title, rows) in enumerate(sections.items()):
         print(f"{chr(10) if number else ''}{title}")
@@ -203,8 +204,11 @@ def _version(module: str, distribution: str) -> str:
 
 
 def _kernels(library: str) -> str:
-    """Tell what serves a library's arrays: the backend's module, and its GPU kernels if any."""
+    """Tell what serves a library's arrays: the backend's module, and its kernels if any."""
     module = dispatch.serving(library)
+    if module == dispatch.COMPILED:
+        loader = importlib.import_module(f"{module}.loader").loader
+        return f"{module} ({loader.describe()})"
     try:
         kernels = importlib.import_module(module.partition(":")[0]).KERNELS
         kind = type(next(iter(kernels.values()))).__name__
@@ -246,11 +250,12 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _threads() -> int:
-    """Return how many CPUs this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _threads() -> str:
+    """Return how many threads serve NumPy arrays, or what is wrong with the setting."""
+    try:
+        return f"{threads.count()} (CPUs that this process may use, or {threads.VARIABLE})"
+    except ValueError as error:
+        return str(error)
 
 
 def _print_table(rows: Mapping[str, str], indent: str = "") -> None:

@@ -22,6 +22,7 @@ from relu_xp.backends import Backend
 
 __all__ = [
     "BACKENDS",
+    "COMPILED",
     "ENTRY_POINTS",
     "LIBRARIES",
     "LibraryError",
@@ -40,7 +41,7 @@ JIT = "RELU_XP_JIT"  # environment variable: 0 switches off what is compiled for
 BACKENDS: dict[type, Backend] = {}
 
 _BUILT_IN = {"numpy": "relu_xp.backends.numpy", "cupy": "relu_xp.backends.cupy"}
-_COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
+COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
 _GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
@@ -159,7 +160,7 @@ def serving(name: str) -> str:
     if entry_point is not None:
         return entry_point.value
     if name == "numpy" and os.environ.get(JIT) != "0" and PathFinder.find_spec("llvmlite"):
-        return _COMPILED
+        return COMPILED
     return _BUILT_IN.get(name, _GENERIC)
 
 
@@ -170,8 +171,8 @@ def warmup() -> None:
     seconds, once on a machine, and far less when the disk has them. Does nothing where llvmlite is
     not installed (extra ``jit``); ``relu-xp info`` tells.
     """
-    if serving("numpy") == _COMPILED:
-        importlib.import_module(f"{_COMPILED}.loader").loader.make_all()
+    if serving("numpy") == COMPILED:
+        importlib.import_module(f"{COMPILED}.loader").loader.make_all()
 
 
 def _in_one_line(error: BaseException) -> str:

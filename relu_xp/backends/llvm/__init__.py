@@ -9,7 +9,8 @@ thread of their own, and taken up when they are ready: no call ever waits for a 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 _Array = npt.NDArray[Any]
+_T = TypeVar("_T")
 
 _MANY = THREADED // 8  # elements: fewer are never worth a helper
 _WORTH = 1 << 20  # elements, of which a call counts for `_CALL` at least, before kernels are made
@@ -65,22 +67,25 @@ class _Member:
                 record[start:].view(words.dtype)[: len(words)] = words
                 setattr(self, kind, record)
 
-    def prepare(self, size: int) -> bool:
-        """Take up the kernels if they are there; ask for them if enough has been done without."""
-        if self._structure is None:
+    def prepare(self) -> bool:
+        """Take up the kernels, if they are there."""
+        if self._structure not in loader.addresses:
             return False
-        addresses = loader.addresses.get(self._structure)
-        if addresses is None:
-            self._due -= max(size, _CALL)
-            if self._due <= 0:
-                self._due = _WORTH
-                loader.request(self._structure)
-            return False
-        for name, address in addresses.items():
+        for name, address in loader.addresses[self._structure].items():
             kind, _, form = name.rpartition("_")
             getattr(self, kind)[ir.RECORD[form]] = address
         self.ready = True
         return True
+
+    def by_numpy(self, size: int, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Let NumPy serve, and ask for the kernels if it has had enough to do for want of them."""
+        result = function(*arguments)
+        if not self.ready and self._structure is not None:
+            self._due -= max(size, _CALL)
+            if self._due <= 0:
+                self._due = _WORTH
+                loader.request(self._structure)
+        return result
 
 
 _member = functools.lru_cache(maxsize=1024)(_Member)
@@ -90,20 +95,20 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     """Return f(x). See `relu_xp.backends.Backend`."""
     member = _member(numbers)
     size = x.size
-    if member.ready or member.prepare(size):
+    if member.ready or member.prepare():
         if size >= _MANY:
             loader.muster()
         y = loader.call(member.forward, size, out, x)
         if y is not None:
             return y
-    return _numpy.forward(numbers, x, out)
+    return member.by_numpy(size, _numpy.forward, numbers, x, out)
 
 
 def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Array, Mask]:
     """Return f(x) and the packed mask. See `relu_xp.backends.Backend`."""
     member = _member(numbers)
     size = x.size
-    if member.ready or member.prepare(size):
+    if member.ready or member.prepare():
         if size >= _MANY:
             loader.muster()
         if numbers.pieces == 3:
@@ -116,14 +121,14 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
         y = loader.call(member.forward_saving, size, out, x, data)
         if y is not None:
             return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
-    return _numpy.forward_saving(numbers, x, out)
+    return member.by_numpy(size, _numpy.forward_saving, numbers, x, out)
 
 
 def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:
     """Return f'(x) * dy from the mask. See `relu_xp.backends.Backend`."""
     member = _member(numbers)
     size = dy.size
-    if (member.ready or member.prepare(size)) and dy.flags.fnc == saved.fortran:
+    if (member.ready or member.prepare()) and dy.flags.fnc == saved.fortran:
         if size >= _MANY:
             loader.muster()
         data = saved.data
@@ -133,7 +138,7 @@ def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _
         dx = loader.call(member.backward, size, out, dy, data)
         if dx is not None:
             return dx
-    return _numpy.backward(numbers, dy, saved, out)
+    return member.by_numpy(size, _numpy.backward, numbers, dy, saved, out)
 
 
 def backward_from_input(
@@ -142,10 +147,10 @@ def backward_from_input(
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     member = _member(numbers)
     size = dy.size
-    if slopes is numbers and (member.ready or member.prepare(size)):
+    if slopes is numbers and (member.ready or member.prepare()):
         if size >= _MANY:
             loader.muster()
         dx = loader.call(member.backward_from_input, size, out, dy, x)
         if dx is not None:
             return dx
-    return _numpy.backward_from_input(numbers, slopes, dy, x, out)
+    return member.by_numpy(size, _numpy.backward_from_input, numbers, slopes, dy, x, out)

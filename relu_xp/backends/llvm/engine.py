@@ -57,11 +57,12 @@ class Engine:
             cpu=llvm.get_host_cpu_name(), features=features.flatten(), opt=3, jit=True
         )
         self._float16 = machine not in ("x86_64", "amd64") or bool(features.get("f16c"))
+        version = ".".join(map(str, llvm.llvm_version_info))
+        self.name = f"LLVM {version} for {llvm.get_host_cpu_name()}"
         self._target = "\n".join(
             (
-                str(llvm.llvm_version_info),
+                self.name,
                 target.triple,
-                llvm.get_host_cpu_name(),
                 features.flatten(),
             )
         )
@@ -81,8 +82,7 @@ class Engine:
         names : sequence of str
             The functions.
         """
-        key = hashlib.sha256(f"{self._target}\n{text}".encode()).hexdigest()
-        file = cache_folder() / f"{key}.o"
+        file = self._file(text)
         code = _read(file)
         if code is None:
             module = self._llvm.parse_assembly(text)
@@ -95,6 +95,14 @@ class Engine:
         found = {name: jit.get_function_address(name) for name in names}
         jit.detach()  # the code is never freed: at exit, a thread may still be in it
         return found
+
+    def is_kept(self, text: str) -> bool:
+        """Tell whether the disk has a module."""
+        return _read(self._file(text)) is not None
+
+    def _file(self, text: str) -> Path:
+        key = hashlib.sha256(f"{self._target}\n{text}".encode()).hexdigest()
+        return cache_folder() / f"{key}.o"
 
     def _machine_again(self) -> Any:
         """Return a target machine to be given away: a JIT takes the one that it is made with."""

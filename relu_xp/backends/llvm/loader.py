@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from relu_xp.backends.llvm import ir
 from relu_xp.backends.llvm.crew import Crew, new_board
-from relu_xp.backends.llvm.engine import Engine
+from relu_xp.backends.llvm.engine import Engine, cache_folder
 
 __all__ = ["Loader", "loader"]
 
@@ -87,6 +87,17 @@ class Loader:
         """Make every kernel there is, now."""
         for structure in ir.structures():
             self.make(structure)
+
+    def describe(self) -> str:
+        """Tell, in a line, what is compiled, or why nothing ever will be."""
+        try:
+            with self._making:
+                engine = self.engine()
+        except Exception as error:
+            return f"not compiled: {error}"
+        every = ir.structures()
+        kept = sum(engine.is_kept(ir.kernels(structure)) for structure in every)
+        return f"{engine.name}; {kept} of {len(every)} kinds of kernels in {cache_folder()}"
 
     def engine(self) -> Engine:
         """Return the compiler; make it, and the function that calls kernels, if it is the first."""
