@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
 import pytest
 from libraries import LIBRARIES, parameter
 
@@ -63,3 +74,69 @@ def xp(request):
         unavailable(request.config, reason, gpu=library.gpu)
     with library.running():
         yield library
+
+
+@pytest.fixture(scope="session")
+def flush_to_zero(request, tmp_path_factory):
+    """A context manager in which this thread's processor takes subnormals for zero."""
+    if shutil.which("g++") is None:
+        unavailable(request.config, "g++ is not installed")
+    folder = tmp_path_factory.mktemp("mxcsr")
+    (folder / "mxcsr.c").write_text(
+        "unsigned get(void) { return __builtin_ia32_stmxcsr(); }\n"
+        "void set(unsigned value) { __builtin_ia32_ldmxcsr(value); }\n"
+    )
+    command = ["g++", "-x", "c", "-shared", "-fPIC", "-o", folder / "mxcsr.so", folder / "mxcsr.c"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        unavailable(request.config, "not an x86 processor")
+    library = ctypes.CDLL(str(folder / "mxcsr.so"))
+
+    @contextlib.contextmanager
+    def flushing():
+        before = library.get()
+        library.set(before | 0x8040)  # FTZ and DAZ
+        try:
+            yield
+        finally:
+            library.set(before)
+
+    return flushing
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Return a function that runs a script in a fresh interpreter, where a warning is an error.
+
+    It returns what the script printed, once the script has ended with the status expected, in time,
+    and with nothing on stderr, or what is expected there. A crash is a negative status. A variable
+    of None is one that the environment has not.
+    """
+    numbers = itertools.count()
+
+    def run(script, *arguments, status=0, stderr="", timeout=60, **variables):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RELU_XP_")}
+        for name, value in variables.items():
+            environment.pop(name, None)
+            if value is not None:
+                environment[name] = str(value)
+        file = tmp_path / f"script{next(numbers)}.py"
+        file.write_text(textwrap.dedent(script))
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", file, *map(str, arguments)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            printed, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its children too, which hold the pipes
+            printed, errors = process.communicate()
+            pytest.fail(f"no end within {timeout} s\n{printed}\n{errors}")
+        assert process.returncode == status, f"{printed}\n{errors}"
+        assert re.fullmatch(stderr, errors, re.DOTALL), errors
+        return printed
+
+    return run

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -51,29 +53,59 @@ def run(function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> No
     Each takes the next part when it has done one, so a thread that loses its CPU delays only its
     own. Returns, or raises what a call raised, when nothing is at work any more.
     """
-    left = collections.deque(parts)
+    job = _Job(function, parts)
+    with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is shutting down
+        for _ in range(min(count(), len(job.left)) - 1):
+            _pool().submit(job.work)
+    job.work()
+    job.wait()
+    if job.error is not None:
+        raise job.error
 
-    def work() -> None:
+
+class _Job:
+    """Parts that are left to do, and who is at work on one."""
+
+    def __init__(self, function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> None:
+        self.left = collections.deque(parts)
+        self.error: BaseException | None = None
+        self._function = function
+        self._workers = 0
+        self._change = threading.Condition()
+
+    def work(self) -> None:
+        """Do parts until there are none; after an error nobody begins another."""
+        with self._change:
+            self._workers += 1
+        try:
+            while True:
+                try:
+                    part = self.left.popleft()
+                except IndexError:
+                    return
+                self._function(*part)
+        except BaseException as error:  # Ctrl-C above all: it is for whoever called
+            self.fail(error)
+        finally:
+            with self._change:
+                self._workers -= 1
+                self._change.notify_all()
+
+    def wait(self) -> None:
+        """Wait until nobody is at work, even if that is interrupted."""
         while True:
             try:
-                part = left.popleft()
-            except IndexError:
+                with self._change:
+                    self._change.wait_for(lambda: not self._workers)
                 return
-            function(*part)
+            except KeyboardInterrupt as error:
+                self.fail(error)
 
-    helpers = []
-    try:
-        for _ in range(min(count(), len(left)) - 1):
-            helpers.append(_pool().submit(work))  # noqa: PERF401 - those before one that fails
-    except RuntimeError:
-        pass  # the interpreter is shutting down, or can have no more threads: work alone
-    try:
-        work()
-    finally:
-        left.clear()  # after an error, or Ctrl-C, nobody begins another part
-        for helper in helpers:
-            if not helper.cancel():
-                helper.result()
+    def fail(self, error: BaseException) -> None:
+        """Leave the rest undone."""
+        self.left.clear()
+        if self.error is None:
+            self.error = error
 
 
 @functools.cache

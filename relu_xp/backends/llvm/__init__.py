@@ -41,13 +41,12 @@ _T = TypeVar("_T")
 _MANY = THREADED // 8  # elements: fewer are never worth a helper
 _WORTH = 1 << 20  # elements, of which a call counts for `_CALL` at least, before kernels are made
 _CALL = 1 << 10
-_MASK = 32  # elements: a mask of ours is a whole number of these, as a line of 16-bit floats is
 
 
 class _Member:
     """An activation's numbers as the kernels read them: a record for each kind (`ir.RECORD`)."""
 
-    __slots__ = (*ir.KINDS, "_due", "_structure", "ready")
+    __slots__ = (*ir.KINDS, "_due", "_lanes", "_structure", "ready")
 
     forward: _Array
     forward_saving: _Array
@@ -57,6 +56,7 @@ class _Member:
     def __init__(self, numbers: Rounded) -> None:
         self.ready = False
         self._due = _WORTH
+        self._lanes = 512 // numbers.width
         self._structure = ir.structure_of(numbers) if numbers.floating else None
         if self._structure is not None:
             start = ir.RECORD["constants"]
@@ -66,6 +66,10 @@ class _Member:
                 record[ir.RECORD["itemsize"]] = words.itemsize
                 record[start:].view(words.dtype)[: len(words)] = words
                 setattr(self, kind, record)
+
+    def mask_bytes(self, size: int) -> int:
+        """Return the bytes of a packed mask, of which a kernel takes a line's at a time."""
+        return -(-size // self._lanes) * (self._lanes // 8)
 
     def prepare(self) -> bool:
         """Take up the kernels, if they are there."""
@@ -111,13 +115,7 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
     if member.ready or member.prepare():
         if size >= _MANY:
             loader.muster()
-        if numbers.pieces == 3:
-            data = buffer(size)
-        elif size % _MASK:  # the kernel may leave out what is beyond the last element
-            data = buffer((size // _MASK + 1) * (_MASK // 8))
-            data[-_MASK // 8 :] = 0
-        else:
-            data = buffer(size // 8)
+        data = buffer(size if numbers.pieces == 3 else member.mask_bytes(size))
         y = loader.call(member.forward_saving, size, out, x, data)
         if y is not None:
             return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
@@ -132,8 +130,8 @@ def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _
         if size >= _MANY:
             loader.muster()
         data = saved.data
-        if saved.pieces == 2 and data.size % (_MASK // 8):  # one that NumPy made
-            data = np.zeros((size // _MASK + 1) * (_MASK // 8), np.uint8)
+        if saved.pieces == 2 and data.size < (needed := member.mask_bytes(size)):
+            data = np.zeros(needed, np.uint8)  # NumPy made it, or a wider dtype of x
             data[: saved.data.size] = saved.data
         dx = loader.call(member.backward, size, out, dy, data)
         if dx is not None:

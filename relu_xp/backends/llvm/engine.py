@@ -100,9 +100,10 @@ class Engine:
         """Tell whether the disk has a module."""
         return _read(self._file(text)) is not None
 
-    def _file(self, text: str) -> Path:
+    def _file(self, text: str) -> Path | None:
+        folder = cache_folder()
         key = hashlib.sha256(f"{self._target}\n{text}".encode()).hexdigest()
-        return cache_folder() / f"{key}.o"
+        return None if folder is None else folder / f"{key}.o"
 
     def _machine_again(self) -> Any:
         """Return a target machine to be given away: a JIT takes the one that it is made with."""
@@ -135,15 +136,18 @@ class _MethodDefinition(ctypes.Structure):
     )
 
 
-def cache_folder() -> Path:
-    """Return the folder that compiled code is kept in; it may not exist."""
+def cache_folder() -> Path | None:
+    """Return the folder that compiled code is kept in; it may not exist. None for no home."""
     if sys.platform == "win32":
         root = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
         root = "~/Library/Caches"
     else:
         root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "relu_xp"
+    try:
+        return Path(root).expanduser() / "relu_xp"
+    except RuntimeError:  # and nowhere else is code safe from others
+        return None
 
 
 def _c_api() -> dict[str, int]:
@@ -206,8 +210,10 @@ def _numpy_function(number: int) -> int:
     return int(address)
 
 
-def _read(file: Path) -> bytes | None:
+def _read(file: Path | None) -> bytes | None:
     """Return what `_write` wrote; None if there is no such file, or it is damaged."""
+    if file is None:
+        return None
     try:
         content = file.read_bytes()
     except OSError:
@@ -216,8 +222,10 @@ def _read(file: Path) -> bytes | None:
     return code if hashlib.sha256(code).digest() == content[:_DIGEST] else None
 
 
-def _write(file: Path, code: bytes) -> None:
+def _write(file: Path | None, code: bytes) -> None:
     """Write a file as a whole or not at all; a folder that cannot be written is left alone."""
+    if file is None:
+        return
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor, temporary = tempfile.mkstemp(dir=file.parent)

@@ -97,7 +97,8 @@ class Loader:
             return f"not compiled: {error}"
         every = ir.structures()
         kept = sum(engine.is_kept(ir.kernels(structure)) for structure in every)
-        return f"{engine.name}; {kept} of {len(every)} kinds of kernels in {cache_folder()}"
+        folder = cache_folder() or "no folder, for want of a home"
+        return f"{engine.name}; {kept} of {len(every)} kinds of kernels in {folder}"
 
     def engine(self) -> Engine:
         """Return the compiler; make it, and the function that calls kernels, if it is the first."""

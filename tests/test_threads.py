@@ -1,0 +1,981 @@
+"""Several threads: ours that help with a call, the user's that make calls, and processes."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+
+import numpy as np
+import pytest
+from conftest import unavailable
+from libraries import LIBRARIES
+
+import relu_xp
+from relu_xp.backends import llvm, threads
+from relu_xp.backends import numpy as numpy_backend
+from relu_xp.backends.llvm.ir import BOARD
+from relu_xp.backends.llvm.loader import loader
+
+MEMBERS = ({}, {"negative_slope": 0.1}, {"max_value": 0.75, "negative_slope": 0.1})
+
+
+class TestCount:
+    @pytest.fixture(autouse=True)
+    def eight(self, monkeypatch, tmp_path):
+        """Eight CPUs, no limit."""
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+        monkeypatch.setattr(threads, "_QUOTA", tmp_path / "cpu.max")
+        monkeypatch.delenv(threads.VARIABLE, raising=False)
+        self.quota = tmp_path / "cpu.max"
+        threads.count.cache_clear()
+        yield
+        threads.count.cache_clear()
+
+    def test_the_cpus_of_the_process(self):
+        assert threads.count() == 8
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"), [("1", 1), ("2", 2), ("8", 8), ("9", 8), ("1000", 8), ("", 8)]
+    )
+    def test_the_variable_asks_for_fewer(self, monkeypatch, text, wanted):
+        monkeypatch.setenv(threads.VARIABLE, text)
+        assert threads.count() == wanted
+
+    @pytest.mark.parametrize("text", ["0", "two", "-1", "1.5", "1e1", "2,2", "0x2", " ", "²"])
+    def test_what_is_no_number_of_threads_is_refused(self, monkeypatch, text):
+        monkeypatch.setenv(threads.VARIABLE, text)
+        with pytest.raises(ValueError, match=f"^RELU_XP_NUM_THREADS must be .* got {text!r}$"):
+            threads.count()
+
+    @pytest.mark.parametrize(
+        ("quota", "wanted"),
+        [
+            ("max 100000\n", 8),
+            ("50000 100000\n", 1),
+            ("100000 100000\n", 1),
+            ("150000 100000\n", 2),
+            ("1600000 100000\n", 8),
+            ("nonsense", 8),
+            ("", 8),
+        ],
+    )
+    def test_a_container_allows_fewer(self, monkeypatch, quota, wanted):
+        self.quota.write_text(quota)
+        assert threads.count() == wanted
+        threads.count.cache_clear()
+        monkeypatch.setenv(threads.VARIABLE, "3")
+        assert threads.count() == min(wanted, 3)
+
+    @pytest.mark.parametrize(("cpus", "wanted"), [(5, 5), (None, 1)])
+    def test_a_system_without_affinity(self, monkeypatch, cpus, wanted):
+        monkeypatch.delattr(os, "sched_getaffinity")
+        monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+        assert threads.count() == wanted
+
+    def test_read_once(self, monkeypatch):
+        assert threads.count() == 8
+        monkeypatch.setenv(threads.VARIABLE, "2")
+        assert threads.count() == 8
+
+    def test_a_process_bound_to_one_cpu(self, request, python):
+        if sys.platform != "linux":
+            unavailable(request.config, "a process is bound to CPUs as on Linux")
+        script = """
+            import os
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+            from relu_xp.backends import threads
+            print(threads.count())
+        """
+        for variable in (None, 2, 1000):
+            assert python(script, RELU_XP_NUM_THREADS=variable) == "1\n"
+
+    @pytest.mark.parametrize("jit", [0, 1])
+    def test_a_large_call_refuses_the_variable_and_a_small_one_needs_it_not(self, python, jit):
+        script = """
+            import numpy as np
+            import relu_xp
+            relu_xp.warmup()
+            assert relu_xp.relu(np.array([-1.0, 2.0])).tolist() == [0, 2]
+            try:
+                relu_xp.relu(np.ones(1 << 21))
+            except ValueError as error:
+                print(error)
+        """
+        assert python(script, RELU_XP_NUM_THREADS="two", RELU_XP_JIT=jit).startswith(
+            "RELU_XP_NUM_THREADS must be"
+        )
+
+
+class Parts:
+    """Counts the parts that were begun and those at work."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+        self.begun = collections.Counter()
+        self.by = set()
+        self.running = 0
+
+    def __call__(self, number, function=lambda: None):
+        with self.lock:
+            self.begun[number] += 1
+            self.running += 1
+            self.by.add(threading.current_thread())
+        try:
+            function()
+        finally:
+            with self.lock:
+                self.running -= 1
+
+
+class PartError(Exception):
+    pass
+
+
+class TestRun:
+    @pytest.fixture(autouse=True)
+    def four(self, monkeypatch):
+        """Four threads, whatever the CPUs."""
+        monkeypatch.setattr(threads, "count", lambda: 4)
+        threads._pool.cache_clear()
+        yield
+        threads._pool().shutdown()
+        threads._pool.cache_clear()
+
+    @pytest.mark.parametrize("number", [0, 1, 2, 3, 4, 5, 1000])
+    def test_every_part_once(self, number):
+        parts = Parts()
+        threads.run(parts, ((i,) for i in range(number)))
+        assert parts.begun == dict.fromkeys(range(number), 1)
+        assert parts.running == 0
+
+    def test_four_at_once(self):
+        parts, meeting = Parts(), threading.Barrier(4, timeout=20)
+        threads.run(parts, [(i, meeting.wait) for i in range(8)])
+        assert len(parts.by) == 4
+        assert threading.current_thread() in parts.by
+
+    def test_a_thread_that_is_held_up_delays_only_its_own_part(self):
+        parts, others = Parts(), threading.Semaphore(0)
+
+        def wait():
+            for _ in range(99):
+                assert others.acquire(timeout=20)
+
+        threads.run(parts, [(0, wait), *[(i, others.release) for i in range(1, 100)]])
+        assert parts.begun.total() == 100
+
+    @pytest.mark.parametrize(
+        "failing",
+        [["caller"], [0], [1], [2], [0, 1, 2], ["caller", 0]],
+        ids=lambda failing: "-".join(map(str, failing)),
+    )
+    def test_an_error_goes_to_the_caller_when_nothing_is_at_work(self, failing):
+        """An error of the caller's own part, or of those of some of three helpers."""
+        parts = Parts()
+        meeting = threading.Barrier(4, timeout=20)
+
+        def work():
+            name = threading.current_thread().name
+            meeting.wait()
+            if ("caller" if name == "MainThread" else int(name[-1])) in failing:
+                raise PartError
+            time.sleep(0.0 if name == "MainThread" else 0.3)
+
+        with pytest.raises(PartError):
+            threads.run(parts, [(i, work) for i in range(4)])
+        assert parts.running == 0
+        assert len(parts.by) == 4
+        threads.run(parts, [(1000,)])
+        assert parts.begun[1000] == 1
+
+    def test_after_an_error_of_the_caller_no_other_part_is_begun(self):
+        parts = Parts()
+
+        def work():
+            if threading.current_thread() is threading.main_thread():
+                raise PartError
+            time.sleep(0.01)
+
+        with pytest.raises(PartError):
+            threads.run(parts, [(i, work) for i in range(1000)])
+        assert parts.running == 0
+        assert parts.begun.total() < 50
+
+    def test_an_interrupt_while_helpers_finish_waits_for_them(self, request):
+        if sys.platform == "win32":
+            unavailable(request.config, "there is no SIGINT that wakes a waiting thread")
+        parts = Parts()
+        begun = threading.Event()
+
+        def work():
+            if threading.current_thread() is threading.main_thread():
+                assert begun.wait(20)
+                return
+            begun.set()
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+
+        with pytest.raises(KeyboardInterrupt):
+            threads.run(parts, [(0, work), (1, work)])
+        running = parts.running
+        time.sleep(0.6)
+        assert running == 0
+
+    def test_without_threads_the_caller_does_all(self, monkeypatch):
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        parts = Parts()
+        threads.run(parts, [(i,) for i in range(100)])
+        assert parts.begun == dict.fromkeys(range(100), 1)
+        assert parts.by == {threading.current_thread()}
+
+    def test_a_helper_that_could_not_be_started_is_not_at_work_afterwards(self, monkeypatch):
+        """Its job lies in the pool's queue, where a helper of another call may find it."""
+        other, parts = Parts(), Parts()
+        both, go, found = threading.Barrier(3, timeout=20), threading.Event(), threading.Event()
+
+        def hold():
+            both.wait()
+            assert go.wait(20)
+
+        def first():
+            go.set()  # the other call ends, and its helper is free
+            found.wait(1)
+
+        def second():
+            found.set()
+            time.sleep(0.3)
+
+        caller = threading.Thread(target=threads.run, args=(other, [(0, hold), (1, hold)]))
+        caller.start()
+        both.wait()
+
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as context:
+            context.setattr(threading.Thread, "start", start)
+            threads.run(parts, [(0, first), (1, second)])
+        running = parts.running
+        caller.join()
+        time.sleep(0.4)
+        assert running == 0
+
+    def test_a_part_may_run_parts(self):
+        parts = Parts()
+
+        def more(base):
+            threads.run(parts, [(base + i,) for i in range(1, 10)])
+
+        threads.run(parts, [(100 * i, lambda i=i: more(100 * i)) for i in range(20)])
+        assert parts.begun.total() == 200
+        assert set(parts.begun.values()) == {1}
+
+    def test_many_callers(self):
+        def call(_):
+            parts = Parts()
+            threads.run(parts, [(i,) for i in range(50)])
+            return parts.begun == dict.fromkeys(range(50), 1) and parts.running == 0
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            assert all(pool.map(call, range(500)))
+
+
+def bits(x):
+    return x.view(f"u{x.itemsize}")
+
+
+class Case:
+    """Arrays, and what each of the functions makes of them."""
+
+    def __init__(self, number):
+        dtype = np.dtype(("float32", "float64", "float16")[number // 3 % 3])
+        self.numbers = MEMBERS[number % 3]
+        rng = np.random.default_rng(number)
+        x, dy = rng.standard_normal((2, 300 + 7 * number, 401)).astype(dtype)
+        slope = dtype.type(self.numbers.get("negative_slope", 0.0))
+        ceiling = dtype.type(self.numbers.get("max_value", np.inf))
+        zero = dtype.type(0)
+        self.y = np.where(x > 0, np.minimum(x, ceiling), x * slope if slope else zero)
+        self.dx = np.where(x > 0, np.where(x < ceiling, dy, zero), dy * slope if slope else zero)
+        self.x, self.dy = map(np.asfortranarray if number % 2 else np.asarray, (x, dy))
+        self.out = np.empty_like(self.x)
+        self.layer = relu_xp.ReLU(**self.numbers)
+
+    def check(self):
+        numbers, x, dy, out = self.numbers, self.x, self.dy, self.out
+        self.equal(self.y, relu_xp.relu(x, **numbers))
+        self.equal(self.y, relu_xp.relu(x, **numbers, out=out))
+        y, pullback = relu_xp.relu_vjp(x, **numbers)
+        self.equal(self.y, y)
+        self.equal(self.y, self.layer.forward(x))
+        self.equal(self.dx, pullback(dy))
+        self.equal(self.dx, self.layer.backward(dy))
+        self.equal(self.dx, pullback(dy, out=out))
+        self.equal(self.dx, relu_xp.relu_backward(dy, x, **numbers))
+        out[...] = x
+        y, pullback = relu_xp.relu_vjp(out, **numbers, out=out)
+        self.equal(self.y, y)
+        out[...] = dy
+        self.equal(self.dx, pullback(out, out=out))
+
+    def equal(self, wanted, got):
+        assert np.array_equal(bits(wanted), bits(got))
+
+
+@pytest.fixture(params=["numpy", "numpy_llvm"])
+def backend(request, monkeypatch):
+    """Either backend of NumPy arrays, with several threads from small arrays on."""
+    library = LIBRARIES[request.param]
+    if reason := library.load():
+        unavailable(request.config, reason)
+    with library.running():
+        if request.param == "numpy":
+            monkeypatch.setattr(threads, "count", lambda: 4)
+            monkeypatch.setattr(numpy_backend, "_THREADED", 1 << 14)
+            monkeypatch.setattr(numpy_backend, "_BLOCK", 1 << 12)
+            threads._pool.cache_clear()
+            yield "relu_xp_"
+            threads._pool().shutdown()
+            threads._pool.cache_clear()
+        else:
+            monkeypatch.setattr(llvm, "_MANY", 0)
+            word = BOARD["threaded_bytes"]
+            before = loader.board[word]
+            loader.board[word] = 1 << 14
+            yield "relu_xp-"
+            loader.board[word] = before
+
+
+def helpers(prefix):
+    names = {thread.name for thread in threading.enumerate()}
+    return {name for name in names if name.startswith(prefix) and name != "relu_xp-compiler"}
+
+
+class TestCallersAtOnce:
+    def test_sixteen_threads(self, backend):
+        cases = [Case(number) for number in range(16)]
+        rounds = collections.Counter()
+        start = threading.Barrier(16, timeout=20)
+        deadline = time.monotonic() + 2.5
+
+        def work(number):
+            start.wait()
+            while time.monotonic() < deadline:
+                cases[number].check()
+                rounds[number] += 1
+
+        with concurrent.futures.ThreadPoolExecutor(16) as pool:
+            for future in [pool.submit(work, number) for number in range(16)]:
+                future.result()
+        assert len(rounds) == 16
+        if backend == "relu_xp_" or loader.board[BOARD["threads"]] > 1:
+            assert helpers(backend)
+
+    def test_the_check_can_fail(self, backend):
+        case = Case(0)
+        case.check()
+        bits(case.dx)[-1, -1] ^= 1
+        with pytest.raises(AssertionError):
+            case.check()
+
+    def test_one_array_by_many_threads(self, backend):
+        case = Case(4)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for y in pool.map(lambda _: relu_xp.relu(case.x, **case.numbers), range(100)):
+                case.equal(case.y, y)
+
+    def test_a_pool_of_workers(self, backend):
+        cases = [Case(number) for number in range(6)]
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                list(pool.map(Case.check, cases))
+
+    def test_dask_with_threads(self, backend, require):
+        da = require("dask.array")
+        case = Case(1)
+        for chunks in ((100, 401), (50, 200), (307, 401)):
+            lazy = da.from_array(case.x, chunks=chunks)
+            result = lazy.map_blocks(relu_xp.relu, dtype=case.x.dtype, **case.numbers)
+            got = result.compute(scheduler="threads", num_workers=4)
+            case.equal(case.y, got)
+            both = da.map_blocks(
+                relu_xp.relu_backward,
+                da.from_array(case.dy, chunks=chunks),
+                lazy,
+                dtype=case.x.dtype,
+                **case.numbers,
+            )
+            got = both.compute(scheduler="threads", num_workers=4)
+            case.equal(case.dx, got)
+            lazy_too = relu_xp.relu(lazy, **case.numbers)
+            got = lazy_too.compute(scheduler="threads", num_workers=4)
+            case.equal(case.y, got)
+
+
+# A process of its own, with four threads whatever the CPUs, from small arrays on.
+BEGIN = """
+    import atexit, multiprocessing, os, signal, sys, threading, time, warnings
+    os.sched_getaffinity = lambda pid: set(range(4))
+    # Python 3.12 and later warn of what is to be shown to work.
+    warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+    import numpy as np
+    import relu_xp
+    from relu_xp.backends import numpy as alone
+    from relu_xp.backends import threads
+
+    jit = os.environ["RELU_XP_JIT"] == "1"
+    alone._THREADED, alone._BLOCK = 1 << 14, 1 << 12
+
+    def warm():
+        if jit:
+            from relu_xp.backends import llvm
+            from relu_xp.backends.llvm.ir import BOARD
+            from relu_xp.backends.llvm.loader import loader
+            relu_xp.warmup()
+            assert loader.failure is None, loader.failure
+            llvm._MANY = 0
+            loader.board[BOARD["threaded_bytes"]] = 1 << 14
+
+    x = np.random.default_rng(0).standard_normal((211, 401), np.float32)
+    wanted = np.where(x > 0, x, np.float32(0))
+    big = np.ones(1 << 23, np.float32)
+
+    def right(again=3):
+        for _ in range(again):
+            assert np.array_equal(relu_xp.relu(x), wanted)
+            y, pullback = relu_xp.relu_vjp(x)
+            assert np.array_equal(y, wanted)
+            assert np.array_equal(pullback(x), wanted)
+            assert np.array_equal(relu_xp.relu_backward(x, x), wanted)
+
+    def helpers():
+        names = [thread.name for thread in threading.enumerate()]
+        return [n for n in names if n.startswith("relu_xp") and n != "relu_xp-compiler"]
+
+    def compiling():
+        return any(thread.name == "relu_xp-compiler" for thread in threading.enumerate())
+
+    def call_for_ever(begun=None):
+        mine = big.copy()
+        while True:
+            relu_xp.relu(mine, out=mine)
+            relu_xp.relu_vjp(mine, out=mine)[1](mine, out=mine)
+            if begun:
+                begun.set()
+"""
+
+
+@pytest.fixture(params=[0, 1], ids=["numpy", "llvm"])
+def process(request, python):
+    """Return a function that runs a script, after BEGIN, with either backend."""
+    if request.param and (reason := LIBRARIES["numpy_llvm"].load()):
+        unavailable(request.config, reason)
+
+    def run(script, *, status=0, stderr="", timeout=30, **variables):
+        text = textwrap.dedent(BEGIN) + textwrap.dedent(script)
+        variables = {"RELU_XP_JIT": request.param} | variables
+        return python(text, status=status, stderr=stderr, timeout=timeout, **variables)
+
+    return run
+
+
+only_with_kernels = pytest.mark.parametrize("process", [1], ids=["llvm"], indirect=True)
+
+
+# Children send what they found, or nothing in time.
+CHILDREN = """
+    def child(pipe):
+        before = helpers()
+        right()
+        pipe.send((before, helpers()))
+
+    def start(context, target=child):
+        mine, its = context.Pipe()
+        process = context.Process(target=target, args=(its,))
+        process.start()
+        its.close()
+        return process, mine
+
+    def finish(process, pipe):
+        try:
+            assert pipe.poll(20), "the child says nothing"
+            result = pipe.recv()
+            process.join(20)
+            assert process.exitcode == 0, process.exitcode
+            return result
+        finally:
+            process.kill()
+            pipe.close()
+
+    def check(context, target=child):
+        before, after = finish(*start(context, target))
+        assert before == [], before
+        assert after, "the child did without helpers"
+"""
+
+
+def with_children(script):
+    return textwrap.dedent(CHILDREN) + textwrap.dedent(script)
+
+
+class TestProcesses:
+    @pytest.fixture(autouse=True)
+    def posix(self, request):
+        if not hasattr(os, "fork"):
+            unavailable(request.config, "a system without fork")
+
+    def test_a_child_forked_after_helpers_were_used_has_its_own(self, process):
+        script = """
+            warm()
+            context = multiprocessing.get_context("fork")
+            check(context)
+            right()
+            assert helpers()
+            for _ in range(5):
+                check(context)
+                right()
+            time.sleep(0.1)  # the helpers sleep
+            check(context)
+            right()
+        """
+        process(with_children(script))
+
+    def test_a_child_of_a_child(self, process):
+        script = """
+            warm()
+            right()
+            context = multiprocessing.get_context("fork")
+
+            def parent(pipe):
+                before = helpers()
+                right()
+                check(context)
+                right()
+                pipe.send((before, helpers()))
+
+            check(context, parent)
+            right()
+        """
+        process(with_children(script))
+
+    def test_forked_while_another_thread_is_in_a_call(self, process):
+        script = """
+            warm()
+            right()
+            context = multiprocessing.get_context("fork")
+            begun, stop, failed = threading.Event(), threading.Event(), []
+            line = np.linspace(-1, 1, 1 << 22, dtype=np.float32)
+            above = np.maximum(line, 0)
+
+            def call():
+                while not stop.is_set():
+                    if not np.array_equal(relu_xp.relu(line), above):
+                        failed.append(1)
+                    begun.set()
+
+            callers = [threading.Thread(target=call) for _ in range(2)]
+            for caller in callers:
+                caller.start()
+            try:
+                assert begun.wait(20)
+                for _ in range(25):
+                    check(context)
+                right()
+            finally:
+                stop.set()
+            for caller in callers:
+                caller.join()
+            assert not failed
+        """
+        process(with_children(script))
+
+    @only_with_kernels
+    def test_forked_while_a_kernel_is_compiled(self, process, tmp_path):
+        script = """
+            import itertools
+            import relu_xp.backends.llvm
+            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm.loader import loader
+            context = multiprocessing.get_context("fork")
+
+            def child(pipe):
+                made = len(loader.addresses)
+                assert not compiling()
+                right()
+                assert relu_xp.relu(big).all()  # asks for a kernel
+                deadline = time.monotonic() + 20
+                while ir.Structure("float32") not in loader.addresses:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                right()
+                relu_xp.warmup()
+                assert loader.failure is None
+                right()
+                pipe.send((made, len(loader.addresses)))
+
+            make = loader.make
+
+            def make_and_pause(structure):
+                make(structure)
+                time.sleep(0.01)  # when it is this thread's turn to fork
+
+            loader.make = make_and_pause
+            for structure in ir.structures()[::-1]:
+                loader.request(structure)
+            children = []
+            for _ in range(4):
+                assert compiling()
+                children.append(start(context, child))
+                time.sleep(0.05)
+            loader.make = make
+            results = [finish(*one) for one in children]
+            served = len(list(filter(loader.engine().serves, ir.structures())))
+            assert {number for _, number in results} == {served}
+            assert results[0][0] < served
+            right()
+            relu_xp.warmup()
+            assert len(loader.addresses) == served
+            right()
+        """
+        process(with_children(script), timeout=60, XDG_CACHE_HOME=tmp_path / "cache")
+
+    def test_forked_by_a_thread_that_ends_its_child_by_itself(self, process):
+        script = """
+            warm()
+            right()
+
+            def fork(function):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        function()
+                        right()
+                        status = 0
+                    except BaseException as error:
+                        print(type(error), error, file=sys.stderr)
+                        status = 1
+                    if status or leave:
+                        os._exit(status)
+                    sys.exit(7)  # by way of atexit, where helpers are dismissed
+                deadline = time.monotonic() + 20
+                while not (done := os.waitpid(child, os.WNOHANG))[0]:
+                    if time.monotonic() > deadline:
+                        os.kill(child, signal.SIGKILL)
+                        raise AssertionError("the child does not end")
+                    time.sleep(0.01)
+                status = os.waitstatus_to_exitcode(done[1])
+                assert status == (0 if leave else 7), status
+
+            for leave in (True, False):
+                for function in (lambda: None, lambda: time.sleep(0.05), warm):
+                    fork(function)
+            leave = True
+            thread = threading.Thread(target=fork, args=(right,))
+            thread.start()
+            thread.join()
+            right()
+        """
+        process(script)
+
+    @pytest.mark.parametrize("method", ["spawn", "forkserver"])
+    def test_other_ways_to_start_a_child(self, process, method):
+        script = f"""
+            def warm_child(pipe):
+                warm()
+                child(pipe)
+
+            if __name__ == "__main__":
+                warm()
+                right()
+                context = multiprocessing.get_context({method!r})
+                check(context, warm_child)
+                check(context)
+                right()
+        """
+        process(with_children(script))
+
+    def test_a_pool_of_processes(self, process):
+        script = """
+            warm()
+            right()
+            with multiprocessing.get_context("fork").Pool(3) as pool:
+                for y in pool.map(relu_xp.relu, [x] * 20):
+                    assert np.array_equal(y, wanted)
+            right()
+        """
+        process(script)
+
+
+INTERRUPTED = r"Traceback .*\nKeyboardInterrupt\n"
+
+
+class TestExit:
+    """A process ends in time, with the status expected, and without a word."""
+
+    def ends(self, process, script, times=3, **expected):
+        for _ in range(times):
+            process(script, timeout=10, **expected)
+
+    def test_a_daemon_is_in_a_call(self, process):
+        script = """
+            warm()
+            begun = threading.Event()
+            for _ in range(2):
+                threading.Thread(target=call_for_ever, args=(begun,), daemon=True).start()
+            assert begun.wait(8)
+            right()
+            time.sleep(0.02)
+        """
+        self.ends(process, script)
+        self.ends(process, script + "    sys.exit(3)", times=1, status=3)
+
+    def test_the_first_call_of_a_daemon(self, process):
+        script = """
+            warm()
+            begun = threading.Event()
+
+            def call():
+                begun.set()
+                call_for_ever()
+
+            threading.Thread(target=call, daemon=True).start()
+            begun.wait()
+        """
+        self.ends(process, script)
+
+    def test_helpers_still_look_for_work(self, process):
+        self.ends(process, "warm()\nright()\nassert helpers()")
+
+    def test_helpers_sleep(self, process):
+        self.ends(process, "warm()\nright()\ntime.sleep(0.1)\nassert helpers()")
+
+    def test_a_thread_goes_on_after_the_main_one(self, process):
+        script = """
+            warm()
+
+            def call():
+                while threading.main_thread().is_alive():
+                    right(1)
+                right(30)
+                print("done")
+
+            threading.Thread(target=call).start()
+        """
+        assert process(script, timeout=10) == "done\n"
+
+    @only_with_kernels
+    def test_a_kernel_is_being_compiled(self, process, tmp_path):
+        script = """
+            relu_xp.relu(x)
+            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm.loader import loader
+            for structure in ir.structures():
+                loader.request(structure)
+            time.sleep(DELAY)
+            assert compiling()
+        """
+        for number, delay in enumerate((0, 0.05, 0.1, 0.2, 0.4)):
+            folder = tmp_path / f"cache{number}"
+            process(script.replace("DELAY", str(delay)), timeout=10, XDG_CACHE_HOME=folder)
+            written = list(folder.rglob("*"))
+            assert len(written) < 40
+            assert {file.suffix for file in written if file.is_file()} <= {".o"}
+
+    @pytest.mark.parametrize("use", ["", "right()"])
+    def test_calls_from_atexit(self, process, use):
+        script = f"""
+            def last():
+                right()
+                assert np.array_equal(relu_xp.relu(big), big)
+                print("last")
+
+            atexit.register(last)  # called after what is registered later
+            warm()
+            {use}
+            atexit.register(right)
+        """
+        assert process(script, timeout=10) == "last\n"
+
+    def test_the_first_calls_from_atexit(self, process, tmp_path):
+        """Kernels are asked for when no thread may be started any more."""
+        script = """
+            def last():
+                for dtype in (np.float32, np.float64, np.float16):
+                    for slope in (0.0, 0.5):
+                        y = relu_xp.relu(big.astype(dtype), negative_slope=slope)
+                        assert y.all()
+                right()
+                print("last")
+
+            atexit.register(last)
+        """
+        for _ in range(2):
+            assert process(script, timeout=20, XDG_CACHE_HOME=tmp_path / "cache") == "last\n"
+
+    def test_warmup_from_atexit(self, process, tmp_path):
+        script = """
+            def last():
+                warm()
+                right()
+                print("last")
+
+            atexit.register(last)
+        """
+        assert process(script, timeout=20, XDG_CACHE_HOME=tmp_path / "cache") == "last\n"
+
+    def test_sys_exit_in_a_thread(self, process):
+        script = """
+            warm()
+
+            def leave():
+                right()
+                sys.exit(5)
+
+            thread = threading.Thread(target=leave)
+            thread.start()
+            right()
+            thread.join()
+            right()
+        """
+        self.ends(process, script)
+
+    def test_an_error_ends_the_process(self, process):
+        script = "warm()\nright()\nraise LookupError('as it should')"
+        self.ends(process, script, 1, status=1, stderr="Traceback .*LookupError: as it should\n")
+
+    def test_an_interrupt_in_a_long_call(self, process):
+        script = """
+            warm()
+            right()
+
+            def interrupt():
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            threading.Thread(target=interrupt).start()
+            deadline = time.monotonic() + 8
+            mine = np.ones(1 << 24, np.float32)
+            while time.monotonic() < deadline:
+                relu_xp.relu(mine, out=mine)
+        """
+        self.ends(process, script, status=-signal.SIGINT, stderr=INTERRUPTED)
+
+    def test_many_interrupts_and_then_on(self, process):
+        script = """
+            warm()
+            right()
+            mine = np.ones(1 << 22, np.float32)
+            some = mine[: 1 << 19]  # masks of more have a finalizer, where Python loses interrupts
+            caught = 0
+
+            def interrupt(delay):
+                time.sleep(delay)
+                os.kill(os.getpid(), signal.SIGINT)
+
+            for number in range(40):
+                try:
+                    thread = threading.Thread(target=interrupt, args=(0.001 * number,))
+                    thread.start()
+                    deadline = time.monotonic() + 8
+                    while time.monotonic() < deadline:
+                        relu_xp.relu(mine, out=mine)
+                        relu_xp.relu_vjp(some, out=some)[1](some)
+                except KeyboardInterrupt:
+                    caught += 1
+                thread.join()
+                right(1)
+            assert caught == 40, caught
+        """
+        process(script, timeout=30)
+
+
+class TestAffinity:
+    """Helpers go to another CPU than the caller's, and are free again."""
+
+    @pytest.fixture(autouse=True)
+    def linux(self, request):
+        if sys.platform != "linux":
+            unavailable(request.config, "threads are bound to CPUs as on Linux")
+
+    @only_with_kernels
+    def test_no_thread_stays_bound(self, process):
+        script = """
+            import posix
+            warm()
+            before = posix.sched_getaffinity(0)
+            for _ in range(20):
+                right(10)
+                time.sleep(0.002)
+            time.sleep(0.2)
+            alive = [t for t in threading.enumerate() if t.name.startswith("relu_xp-")]
+            assert len(alive) == 3
+            for thread in alive:
+                assert posix.sched_getaffinity(thread.native_id) == before
+            assert posix.sched_getaffinity(0) == before
+        """
+        process(script)
+
+    def test_more_threads_than_cpus(self, process):
+        script = """
+            import posix
+            posix.sched_setaffinity(0, {min(posix.sched_getaffinity(0))})
+            warm()
+            right(20)
+            caller = threading.Thread(target=right, args=(20,))
+            caller.start()
+            right(20)
+            caller.join()
+            assert helpers()
+        """
+        process(script)
+
+
+class TestOneThread:
+    SCRIPT = """
+        started = []
+        start = threading.Thread.start
+
+        def record(thread):
+            started.append(thread.name)
+            start(thread)
+
+        threading.Thread.start = record
+        warm()
+        digest = __import__("hashlib").sha256()
+        rng = np.random.default_rng(1)
+        for dtype in (np.float32, np.float64, np.float16):
+            x, dy = rng.standard_normal((2, 1 << 21)).astype(dtype)
+            for numbers in ({}, {"negative_slope": 0.1, "max_value": 0.5}):
+                y, pullback = relu_xp.relu_vjp(x, **numbers)
+                dx = relu_xp.relu_backward(dy, x, **numbers)
+                for result in (y, dx, pullback(dy), relu_xp.relu(x, **numbers)):
+                    digest.update(result.tobytes())
+                names = {thread.name for thread in threading.enumerate()}
+                if threads.count() == 1:
+                    assert names <= {"MainThread", "relu_xp-compiler"}, names
+        print(digest.hexdigest(), *sorted(set(started) - {"relu_xp-compiler"}))
+    """
+
+    def test_no_other_is_started_and_the_bits_are_the_same(self, process):
+        digest, *started = process(self.SCRIPT, RELU_XP_NUM_THREADS=1).split()
+        assert started == []
+        for number in (2, 4):
+            other, *started = process(self.SCRIPT, RELU_XP_NUM_THREADS=number).split()
+            assert other == digest
+            assert 1 <= len(started) <= number
+
+    def test_before_there_are_kernels(self, process, tmp_path):
+        script = self.SCRIPT.replace("warm()", "")
+        cache = tmp_path / "cache"
+        _, *started = process(script, RELU_XP_NUM_THREADS=1, XDG_CACHE_HOME=cache).split()
+        assert started == []
