@@ -376,6 +376,7 @@ def conditions(*packages: str) -> dict[str, Any]:
 def save(path: str | Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON, if a path was given."""
     if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import gc
 import os
 import signal
 import sys
 import textwrap
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from conftest import unavailable
 from libraries import LIBRARIES
 
 import relu_xp
+from relu_xp import mask
 from relu_xp.backends import llvm, threads
 from relu_xp.backends import numpy as numpy_backend
 from relu_xp.backends.llvm.ir import BOARD
@@ -135,6 +138,10 @@ class Parts:
 
 class PartError(Exception):
     pass
+
+
+def fail():
+    raise PartError
 
 
 class TestRun:
@@ -270,6 +277,35 @@ class TestRun:
         time.sleep(0.4)
         assert running == 0
 
+    @pytest.mark.parametrize("how", ["well", "without threads", "with an error"])
+    def test_nothing_of_it_is_kept(self, monkeypatch, how):
+        """Nor is anything left to the garbage collector: it would be large arrays."""
+
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        if how == "without threads":
+            monkeypatch.setattr(threading.Thread, "start", start)
+
+        def run():
+            parts = Parts()
+            part = {"well": lambda: None, "without threads": lambda: None}.get(how, fail)
+            try:
+                threads.run(parts, [(i, part) for i in range(8)])
+            except PartError:
+                assert how == "with an error"
+            return weakref.ref(parts)
+
+        gc.disable()
+        try:
+            left = run()
+            deadline = time.monotonic() + 5
+            while left() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert left() is None
+        finally:
+            gc.enable()
+
     def test_a_part_may_run_parts(self):
         parts = Parts()
 
@@ -301,13 +337,19 @@ class Case:
         dtype = np.dtype(("float32", "float64", "float16")[number // 3 % 3])
         self.numbers = MEMBERS[number % 3]
         rng = np.random.default_rng(number)
-        x, dy = rng.standard_normal((2, 300 + 7 * number, 401)).astype(dtype)
+        x, dy = rng.standard_normal((2, 300 + 7 * (number // 4), 401)).astype(dtype)
         slope = dtype.type(self.numbers.get("negative_slope", 0.0))
         ceiling = dtype.type(self.numbers.get("max_value", np.inf))
         zero = dtype.type(0)
+
+        def gradient(x):
+            upper = np.where(x < ceiling, dy, zero)
+            return np.where(x > 0, upper, dy * slope if slope else zero)
+
         self.y = np.where(x > 0, np.minimum(x, ceiling), x * slope if slope else zero)
-        self.dx = np.where(x > 0, np.where(x < ceiling, dy, zero), dy * slope if slope else zero)
-        self.x, self.dy = map(np.asfortranarray if number % 2 else np.asarray, (x, dy))
+        self.dx, self.opposite_dx = gradient(x), gradient(-x)
+        order = np.asfortranarray if number % 2 else np.asarray
+        self.x, self.dy, self.opposite = map(order, (x, dy, -x))
         self.out = np.empty_like(self.x)
         self.layer = relu_xp.ReLU(**self.numbers)
 
@@ -317,8 +359,10 @@ class Case:
         self.equal(self.y, relu_xp.relu(x, **numbers, out=out))
         y, pullback = relu_xp.relu_vjp(x, **numbers)
         self.equal(self.y, y)
+        _, opposite = relu_xp.relu_vjp(self.opposite, **numbers)
         self.equal(self.y, self.layer.forward(x))
         self.equal(self.dx, pullback(dy))
+        self.equal(self.opposite_dx, opposite(dy))
         self.equal(self.dx, self.layer.backward(dy))
         self.equal(self.dx, pullback(dy, out=out))
         self.equal(self.dx, relu_xp.relu_backward(dy, x, **numbers))
@@ -338,6 +382,7 @@ def backend(request, monkeypatch):
     library = LIBRARIES[request.param]
     if reason := library.load():
         unavailable(request.config, reason)
+    monkeypatch.setattr(mask, "_LARGE", 1 << 10)  # masks share memory, one after the other
     with library.running():
         if request.param == "numpy":
             monkeypatch.setattr(threads, "count", lambda: 4)
@@ -462,6 +507,13 @@ BEGIN = """
         names = [thread.name for thread in threading.enumerate()]
         return [n for n in names if n.startswith("relu_xp") and n != "relu_xp-compiler"]
 
+    def published():
+        if not jit:
+            return None
+        from relu_xp.backends.llvm.ir import BOARD
+        from relu_xp.backends.llvm.loader import loader
+        return int(loader.board[BOARD["published"]]) if loader.addresses else None
+
     def compiling():
         return any(thread.name == "relu_xp-compiler" for thread in threading.enumerate())
 
@@ -495,8 +547,9 @@ only_with_kernels = pytest.mark.parametrize("process", [1], ids=["llvm"], indire
 # Children send what they found, or nothing in time.
 CHILDREN = """
     def child(pipe):
-        before = helpers()
+        before, jobs = helpers(), published()
         right()
+        assert jobs is None or published() > jobs, "no call was shared with helpers"
         pipe.send((before, helpers()))
 
     def start(context, target=child):
@@ -795,8 +848,10 @@ class TestExit:
     def test_calls_from_atexit(self, process, use):
         script = f"""
             def last():
+                assert helpers() == []
                 right()
                 assert np.array_equal(relu_xp.relu(big), big)
+                assert helpers() == []
                 print("last")
 
             atexit.register(last)  # called after what is registered later
@@ -897,6 +952,48 @@ class TestExit:
             assert caught == 40, caught
         """
         process(script, timeout=30)
+
+
+class TestNoThreads:
+    def test_calls_do_without(self, process, tmp_path):
+        script = """
+            start = threading.Thread.start
+
+            def refuse(thread):
+                refused.append(thread.name)
+                raise RuntimeError("can't start new thread")
+
+            refused = []
+            threading.Thread.start = refuse
+            right()
+            for _ in range(3):
+                assert np.array_equal(relu_xp.relu(big), big)
+            right()
+            assert refused
+            assert len(threading.enumerate()) == 1
+            if jit:
+                assert "relu_xp-compiler" in refused
+                warm()
+                refused.clear()
+                right()
+                assert "relu_xp-1" in refused
+                assert helpers() == []
+
+                from relu_xp.backends.llvm import ir
+                from relu_xp.backends.llvm.loader import loader
+                structure = ir.Structure("float32", low=True)
+                del loader.addresses[structure]
+                loader.request(structure)
+                threading.Thread.start = start
+                loader.request(structure)
+                deadline = time.monotonic() + 20
+                while structure not in loader.addresses:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+            threading.Thread.start = start
+            right()
+        """
+        process(script, XDG_CACHE_HOME=tmp_path / "cache")
 
 
 class TestAffinity:
