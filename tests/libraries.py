@@ -88,8 +88,8 @@ class Streaming(Compiled):
     @contextlib.contextmanager
     def running(self):
         from relu_xp.backends import llvm
-        from relu_xp.backends.llvm.ir import BOARD
         from relu_xp.backends.llvm.loader import loader
+        from relu_xp.backends.llvm.runtime import BOARD
 
         words = [BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
         before = loader.board[words]

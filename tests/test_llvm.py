@@ -26,7 +26,7 @@ from relu_xp import mask
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import llvm
 from relu_xp.backends import numpy as numpy_backend
-from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm import kernels, runtime
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.mask import pack, unpack
 
@@ -60,7 +60,7 @@ MEMBERS = {
 
 
 @pytest.fixture
-def kernels(request):
+def served_by_kernels(request):
     """Kernels serve NumPy arrays."""
     library = LIBRARIES["numpy_llvm"]
     if reason := library.load():
@@ -72,7 +72,7 @@ def kernels(request):
 @contextlib.contextmanager
 def calling(form):
     """Let every call, of any size, take one form."""
-    words = [ir.BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
+    words = [runtime.BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
     before = loader.board[words]
     loader.board[words] = FORMS[form]
     try:
@@ -184,7 +184,7 @@ def steps(x):
     return [s for s, length in zip(x.strides, x.shape, strict=True) if x.size and length > 1]
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 class TestServed:
     @pytest.mark.parametrize("use", USES)
     @pytest.mark.parametrize("layout", CONTIGUOUS)
@@ -289,7 +289,7 @@ DIRECT = {
 }
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 class TestBits:
     """The kernels' results are those of NumPy alone, bit for bit, payloads of NaN included."""
 
@@ -316,8 +316,8 @@ class TestBits:
             assert len(np.unique(magnitude[magnitude > form.infinity])) > 50
 
     def test_every_kernel_that_an_activation_can_ask_for_is_among_them(self):
-        asked = {ir.structure_of(rounded(m, d)) for m in MEMBERS for d in oracle.DTYPES}
-        assert asked <= set(ir.structures())
+        asked = {kernels.structure_of(rounded(m, d)) for m in MEMBERS for d in oracle.DTYPES}
+        assert asked <= set(kernels.structures())
         for dtype in oracle.DTYPES:
             found = {s[1:4] for s in asked if s.dtype_name == dtype}
             assert found == set(itertools.product((False, True), repeat=3))
@@ -355,7 +355,7 @@ class Bench:
         llvm.forward(self.numbers, self.x[:1], None)
         member = llvm._member(self.numbers)
         assert member.ready
-        self.records = {kind: getattr(member, kind) for kind in ir.KINDS}
+        self.records = {kind: getattr(member, kind) for kind in kernels.KINDS}
 
     def input(self, name, offset, size):
         """Return the first elements of an input, so many elements off a multiple of 64 bytes."""
@@ -409,7 +409,7 @@ class Bench:
 WIDE = ("below-zero", "clipped-leaky")  # a mask of a bit an element, where 0 has a 1; and a byte
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 class TestTailsAndAlignment:
     @pytest.mark.parametrize("form", ["plain", "stream-threads"])
     @pytest.mark.parametrize("member", WIDE)
@@ -420,11 +420,11 @@ class TestTailsAndAlignment:
         with calling(form):
             for size, offset in itertools.product(range(201), range(lanes)):
                 other = (3 * offset + size) % lanes
-                kind = ir.KINDS[(offset + size // 3) % 4]
+                kind = kernels.KINDS[(offset + size // 3) % 4]
                 bench.check(kind, size, offset, other, (offset + size) % 8)
                 bench.check(kind, size, offset, other, size % 8, in_place=True)
 
-    @pytest.mark.parametrize("kind", ir.KINDS)
+    @pytest.mark.parametrize("kind", kernels.KINDS)
     @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("dtype", oracle.DTYPES)
     def test_around_a_line_and_its_multiples(self, dtype, form, kind):
@@ -445,7 +445,7 @@ class TestTailsAndAlignment:
         bench = Bench(dtype, member, max(sizes))
         lanes = LINE // bench.itemsize
         with calling(form):
-            for number, (size, kind) in enumerate(itertools.product(sizes, ir.KINDS)):
+            for number, (size, kind) in enumerate(itertools.product(sizes, kernels.KINDS)):
                 for offset in (number % lanes, (lanes - 1) * (number % 3 == 0)):
                     bench.check(kind, size, offset, number * 7 % lanes, number % 8)
                 bench.check(kind, size, number % lanes, 0, 0, in_place=True)
@@ -453,12 +453,12 @@ class TestTailsAndAlignment:
     @pytest.mark.parametrize("form", ["threads", "stream-threads"])
     @pytest.mark.parametrize("dtype", oracle.DTYPES)
     def test_blocks_of_the_largest_size(self, dtype, form):
-        size = (1 << 17) * (8 * int(loader.board[ir.BOARD["threads"]]) + 1) + 3
+        size = (1 << 17) * (8 * int(loader.board[runtime.BOARD["threads"]]) + 1) + 3
         if size > 1 << 25:
             size = (1 << 25) + 3
         bench = Bench(dtype, "relu", size)
         with calling(form):
-            for kind in ir.KINDS:
+            for kind in kernels.KINDS:
                 bench.check(kind, size, 1, 2, 3)
 
     def test_the_check_sees_what_is_written_beside_and_what_is_not_written(self):
@@ -473,7 +473,7 @@ class TestTailsAndAlignment:
 
         with calling("plain"):
             for impostor in (longer, shorter):
-                for kind in ir.KINDS:
+                for kind in kernels.KINDS:
                     with mock.patch.object(loader, "call", impostor), pytest.raises(AssertionError):
                         bench.check(kind, 100, 0, 0, 0)
             wrong = mock.patch.object(bench, "pieces", 1 - bench.pieces)
@@ -505,7 +505,7 @@ PAGES = """
     from relu_xp.activation import Activation, Rounded
     from relu_xp.backends import llvm
     from relu_xp.backends import numpy as alone
-    from relu_xp.backends.llvm import ir
+    from relu_xp.backends.llvm import kernels, runtime
     from relu_xp.backends.llvm.loader import loader
     from relu_xp.mask import Mask
 
@@ -528,16 +528,16 @@ PAGES = """
     beyond = int(sys.argv[1])
     pages = [page() for _ in range(4)]
     rng = np.random.default_rng(5)
-    words = [ir.BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
+    words = [runtime.BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
     llvm._MANY = 0
     dtypes = ("float16", "bfloat16", "float32", "float64")
     slopes = ({}, {"max_value": 0.75, "negative_slope": 0.1})
     for dtype, member in itertools.product(dtypes, slopes):
         numbers = Rounded(Activation(**member), dtype)
-        loader.make(ir.structure_of(numbers))
+        loader.make(kernels.structure_of(numbers))
         llvm.forward(numbers, np.ones(1, dtype), None)
-        kernels = llvm._member(numbers)
-        assert kernels.ready
+        member = llvm._member(numbers)
+        assert member.ready
         for size in (*range(1 + 4 * 64 // np.dtype(dtype).itemsize), 199, 200):
             x, dy = rng.standard_normal((2, size)).astype(dtype)
             y, saved = alone.forward_saving(numbers, x, None)
@@ -555,7 +555,7 @@ PAGES = """
                     out, *placed = map(place, pages, (np.zeros_like(wanted), *given))
                     if kind == "forward_saving":
                         placed[1][...] = 0
-                    loader.call(getattr(kernels, kind), size + beyond, out, *placed)
+                    loader.call(getattr(member, kind), size + beyond, out, *placed)
                     assert out.tobytes() == wanted.tobytes(), (dtype, kind, size)
                     if kind == "forward_saving":
                         assert placed[1].tobytes() == data.tobytes()
@@ -588,7 +588,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 class TestMasksCrossOver:
     """A mask that one backend made is read by the other."""
 
@@ -642,7 +642,7 @@ class TestMasksCrossOver:
                     np.testing.assert_array_equal(bits(dx), bits(wanted))
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 @pytest.mark.parametrize("form", ["plain", "stream-threads"])
 @pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("member", ["relu", "relu6", "thresholded", "negative-ceiling"])
@@ -665,7 +665,7 @@ COMPILE = """
     import llvmlite.binding
     import numpy as np
     import relu_xp
-    from relu_xp.backends.llvm import ir
+    from relu_xp.backends.llvm import kernels, runtime
     from relu_xp.backends.llvm.loader import loader
 
     compiled = 0
@@ -682,7 +682,7 @@ COMPILE = """
     if "all" in sys.argv:
         relu_xp.warmup()
     else:
-        loader.make(ir.Structure("float32"))
+        loader.make(kernels.Structure("float32"))
     x = np.array([-1.0, -0.0, 2.0, np.nan], np.float32)
     np.testing.assert_array_equal(relu_xp.relu(x), [0, 0, 2, np.nan])
     served = False
@@ -717,16 +717,16 @@ class TestDiskCache:
         return python(COMPILE, *arguments, **{"XDG_CACHE_HOME": self.root} | variables)
 
     def test_warmup_writes_all_and_the_next_process_compiles_nothing(self, python):
-        compiled, kernels, *rest = self.compile(python, "all").split()
+        compiled, count, *rest = self.compile(python, "all").split()
         assert rest == ["True", "None"]
-        served = list(filter(loader.engine().serves, ir.structures()))
-        assert int(kernels) == len(served)
+        served = list(filter(loader.engine().serves, kernels.structures()))
+        assert int(count) == len(served)
         files = self.files()
-        texts = set(map(ir.kernels, served))  # some of both 16-bit floats are the same
+        texts = set(map(kernels.source, served))  # some of both 16-bit floats are the same
         assert int(compiled) == len(files) == len(texts) + 1
         assert {file.suffix for file in files} == {".o"}
         before = [file.read_bytes() for file in files]
-        assert self.compile(python, "all", "never") == f"0 {kernels} True None\n"
+        assert self.compile(python, "all", "never") == f"0 {count} True None\n"
         assert [file.read_bytes() for file in self.files()] == before
 
     def test_the_check_of_compiling_can_fail(self, python):
@@ -914,7 +914,7 @@ class TestNothingWaits:
     def test_a_thread_of_its_own_compiles_and_ends(self, python):
         script = """
             import relu_xp.backends.llvm
-            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm import kernels, runtime
             from relu_xp.backends.llvm.loader import loader
             make, go, names = loader.make, threading.Event(), []
 
@@ -938,7 +938,7 @@ class TestNothingWaits:
             wait_for(by_kernel)
             assert set(names) == {"relu_xp-compiler"}, names
             wait_for(lambda: not compiling())
-            assert list(loader.addresses) == [ir.Structure("float32")]
+            assert list(loader.addresses) == [kernels.Structure("float32")]
             assert loader.failure is None
             relu_xp.relu(large.astype(np.float64))  # another structure, another thread
             wait_for(lambda: len(loader.addresses) == 2)
@@ -950,9 +950,9 @@ class TestNothingWaits:
     def test_warmup_makes_all_at_once(self, python):
         script = """
             relu_xp.warmup()
-            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm import kernels, runtime
             from relu_xp.backends.llvm.loader import loader
-            made = [s for s in ir.structures() if loader.engine().serves(s)]
+            made = [s for s in kernels.structures() if loader.engine().serves(s)]
             assert list(loader.addresses) == made
             assert not compiling()
             assert by_kernel()
@@ -1039,9 +1039,9 @@ class TestNothingWaits:
     def test_a_kernel_that_fails_leaves_the_others(self, python):
         script = """
             import relu_xp.backends.llvm
-            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm import kernels, runtime
             from relu_xp.backends.llvm.loader import loader
-            loader.make(ir.Structure("float32"))
+            loader.make(kernels.Structure("float32"))
             engine = loader.engine()
 
             def broken(text, names):
@@ -1059,7 +1059,7 @@ class TestNothingWaits:
         python(fresh_process(script))
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("served_by_kernels")
 class TestMemory:
     def growth(self, function, calls=20_000):
         """Return how many bytes more there are after many calls."""

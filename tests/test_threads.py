@@ -22,8 +22,8 @@ import relu_xp
 from relu_xp import mask
 from relu_xp.backends import llvm, threads
 from relu_xp.backends import numpy as numpy_backend
-from relu_xp.backends.llvm.ir import BOARD
 from relu_xp.backends.llvm.loader import loader
+from relu_xp.backends.llvm.runtime import BOARD
 
 MEMBERS = ({}, {"negative_slope": 0.1}, {"max_value": 0.75, "negative_slope": 0.1})
 
@@ -484,7 +484,7 @@ BEGIN = """
     def warm():
         if jit:
             from relu_xp.backends import llvm
-            from relu_xp.backends.llvm.ir import BOARD
+            from relu_xp.backends.llvm.runtime import BOARD
             from relu_xp.backends.llvm.loader import loader
             relu_xp.warmup()
             assert loader.failure is None, loader.failure
@@ -657,7 +657,7 @@ class TestProcesses:
         script = """
             import itertools
             import relu_xp.backends.llvm
-            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm import kernels
             from relu_xp.backends.llvm.loader import loader
             context = multiprocessing.get_context("fork")
 
@@ -667,7 +667,7 @@ class TestProcesses:
                 right()
                 assert relu_xp.relu(big).all()  # asks for a kernel
                 deadline = time.monotonic() + 20
-                while ir.Structure("float32") not in loader.addresses:
+                while kernels.Structure("float32") not in loader.addresses:
                     assert time.monotonic() < deadline
                     time.sleep(0.01)
                 right()
@@ -683,7 +683,7 @@ class TestProcesses:
                 time.sleep(0.01)  # when it is this thread's turn to fork
 
             loader.make = make_and_pause
-            for structure in ir.structures()[::-1]:
+            for structure in kernels.structures()[::-1]:
                 loader.request(structure)
             children = []
             for _ in range(4):
@@ -692,7 +692,7 @@ class TestProcesses:
                 time.sleep(0.05)
             loader.make = make
             results = [finish(*one) for one in children]
-            served = len(list(filter(loader.engine().serves, ir.structures())))
+            served = len(list(filter(loader.engine().serves, kernels.structures())))
             assert {number for _, number in results} == {served}
             assert results[0][0] < served
             right()
@@ -830,9 +830,9 @@ class TestExit:
     def test_a_kernel_is_being_compiled(self, process, tmp_path):
         script = """
             relu_xp.relu(x)
-            from relu_xp.backends.llvm import ir
+            from relu_xp.backends.llvm import kernels
             from relu_xp.backends.llvm.loader import loader
-            for structure in ir.structures():
+            for structure in kernels.structures():
                 loader.request(structure)
             time.sleep(DELAY)
             assert compiling()

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from relu_xp.activation import Rounded
 from relu_xp.backends import numpy as _numpy
-from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm import kernels, runtime
 from relu_xp.backends.llvm.crew import THREADED
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.backends.numpy import check_out, dtype_name, ones_like, place, saved_nbytes
@@ -44,9 +44,9 @@ _CALL = 1 << 10
 
 
 class _Member:
-    """An activation's numbers as the kernels read them: a record for each kind (`ir.RECORD`)."""
+    """An activation's numbers as kernels read them: a record for each kind (`runtime.RECORD`)."""
 
-    __slots__ = (*ir.KINDS, "_due", "_lanes", "_structure", "ready")
+    __slots__ = (*kernels.KINDS, "_due", "_lanes", "_structure", "ready")
 
     forward: _Array
     forward_saving: _Array
@@ -57,13 +57,13 @@ class _Member:
         self.ready = False
         self._due = _WORTH
         self._lanes = 512 // numbers.width
-        self._structure = ir.structure_of(numbers) if numbers.floating else None
+        self._structure = kernels.structure_of(numbers) if numbers.floating else None
         if self._structure is not None:
-            start = ir.RECORD["constants"]
-            words = np.array(ir.constants(numbers), f"u{numbers.width // 8}")
-            for kind in ir.KINDS:
+            start = runtime.RECORD["constants"]
+            words = np.array(kernels.constants(numbers), f"u{numbers.width // 8}")
+            for kind in kernels.KINDS:
                 record = np.zeros(start + len(words), np.int64)
-                record[ir.RECORD["itemsize"]] = words.itemsize
+                record[runtime.RECORD["itemsize"]] = words.itemsize
                 record[start:].view(words.dtype)[: len(words)] = words
                 setattr(self, kind, record)
 
@@ -77,7 +77,7 @@ class _Member:
             return False
         for name, address in loader.addresses[self._structure].items():
             kind, _, form = name.rpartition("_")
-            getattr(self, kind)[ir.RECORD[form]] = address
+            getattr(self, kind)[runtime.RECORD[form]] = address
         self.ready = True
         return True
 

@@ -1,7 +1,7 @@
 """The threads that help a call with large arrays.
 
-What they do, and how they wait for it, is compiled code (`ir.runtime`) that never holds the GIL: to
-hand that over between two threads takes longer than most jobs.
+What they do, and how they wait for it, is compiled code without the GIL (`runtime.source`):
+to hand that over between two threads takes longer than most jobs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_xp.backends import threads
-from relu_xp.backends.llvm.ir import BOARD, THREAD_BYTES
+from relu_xp.backends.llvm.runtime import BOARD, THREAD_BYTES
 
 __all__ = ["THREADED", "Crew", "new_board"]
 
@@ -30,7 +30,7 @@ _PATIENCE = 10_000  # some 0.5 ms: a helper sleeps when its next job is further 
 
 
 def new_board(addresses: Mapping[str, int]) -> _Board:
-    """Return a board (`ir.BOARD`) without a job, given what it has addresses of."""
+    """Return a board (`runtime.BOARD`) without a job, given what it has addresses of."""
     board = np.zeros(_word(threads.count(), "taken"), np.int64)
     for name, address in addresses.items():
         board[BOARD[name]] = address

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm import kernels, runtime
 
 __all__ = ["Engine", "cache_folder"]
 
@@ -43,7 +43,7 @@ class Engine:
         if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
             raise RuntimeError("the kernels are for 64-bit CPython")
         machine = platform.machine().lower()
-        if machine not in ir.MACHINES:
+        if machine not in runtime.MACHINES:
             raise RuntimeError(f"the kernels are not for the processor architecture {machine!r}")
         self.c_api = _c_api()
         import llvmlite.binding as llvm
@@ -67,7 +67,7 @@ class Engine:
             )
         )
 
-    def serves(self, structure: ir.Structure) -> bool:
+    def serves(self, structure: kernels.Structure) -> bool:
         """Tell whether a structure can be compiled: not if LLVM needed a library for its floats."""
         products = structure.low or structure.scaled
         return self._float16 or not products or structure.dtype_name != "float16"
@@ -110,9 +110,9 @@ class Engine:
         return self._llvm.Target.from_default_triple().create_target_machine(jit=True)
 
     def runtime(self, board: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        """Return the functions ``call``, ``help`` and ``ring`` over a board (`ir.runtime`)."""
+        """Return the functions ``call``, ``help`` and ``ring`` over a board (`runtime.source`)."""
         names = ("call", "help", "ring")
-        addresses = self.addresses(ir.runtime(_HEADER), names)
+        addresses = self.addresses(runtime.source(_HEADER), names)
         return tuple(self._function(name, addresses[name], board) for name in names)
 
     def _function(self, name: str, address: int, board: np.ndarray[Any, Any]) -> Any:
@@ -190,7 +190,7 @@ def _c_api() -> dict[str, int]:
         flags = ctypes.c_int.from_address(id(array) + _HEADER + 48).value
         known = data == array.__array_interface__["data"][0]
         known = known and flags & 0x103 == array.flags.num & 0x103
-        fresh, expected = new_like(array, ir.KEEP_ORDER, None, 0), np.empty_like(array)
+        fresh, expected = new_like(array, runtime.KEEP_ORDER, None, 0), np.empty_like(array)
         known = known and fresh.dtype == expected.dtype and fresh.strides == expected.strides
         if not known:
             raise RuntimeError("NumPy's arrays lie in memory in an unknown way")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relu_xp.backends.llvm import ir
+from relu_xp.backends.llvm import kernels
 from relu_xp.backends.llvm.crew import Crew, new_board
 from relu_xp.backends.llvm.engine import Engine, cache_folder
 
@@ -28,16 +28,16 @@ class Loader:
     failure : Exception or None
         Why nothing ever will be.
     board : array
-        What callers and helpers share (`ir.BOARD`), once there is a kernel.
+        What callers and helpers share (`runtime.BOARD`), once there is a kernel.
     """
 
     board: npt.NDArray[np.int64]
 
     def __init__(self) -> None:
-        self.addresses: dict[ir.Structure, dict[str, int]] = {}
+        self.addresses: dict[kernels.Structure, dict[str, int]] = {}
         self.failure: Exception | None = None
         self._engine: Engine | None = None
-        self._asked: list[ir.Structure] = []
+        self._asked: list[kernels.Structure] = []
         self._thread: threading.Thread | None = None
         self._queue = threading.Lock()
         self._making = threading.Lock()
@@ -51,13 +51,13 @@ class Loader:
     def call(
         self, record: _Array, size: int, out: _Array | None, x: _Array, other: _Array | None = None
     ) -> _Array | None:
-        """Run a kernel, if there is one (`ir.runtime`, which takes the place of this)."""
+        """Run a kernel, if there is one (`runtime.source`, which takes the place of this)."""
         return None
 
     def muster(self) -> None:
         """See to it that there are helpers, for large arrays (`Crew.muster`, likewise)."""
 
-    def request(self, structure: ir.Structure) -> None:
+    def request(self, structure: kernels.Structure) -> None:
         """See to it that a structure's kernels will be there some time soon."""
         with self._queue:
             if self.failure is not None or structure in self._asked:
@@ -71,7 +71,7 @@ class Loader:
                     self._thread = None
                     self._asked.clear()
 
-    def make(self, structure: ir.Structure) -> None:
+    def make(self, structure: kernels.Structure) -> None:
         """Make a structure's kernels now, if they are not there."""
         with self._making:
             if structure in self.addresses or self.failure is not None:
@@ -79,13 +79,15 @@ class Loader:
             try:
                 engine = self.engine()
                 if engine.serves(structure):
-                    self.addresses[structure] = engine.addresses(ir.kernels(structure), ir.NAMES)
+                    self.addresses[structure] = engine.addresses(
+                        kernels.source(structure), kernels.NAMES
+                    )
             except Exception as error:  # NumPy serves on, and `relu-xp info` tells why
                 self.failure = error
 
     def make_all(self) -> None:
         """Make every kernel there is, now."""
-        for structure in ir.structures():
+        for structure in kernels.structures():
             self.make(structure)
 
     def describe(self) -> str:
@@ -95,8 +97,8 @@ class Loader:
                 engine = self.engine()
         except Exception as error:
             return f"not compiled: {error}"
-        every = ir.structures()
-        kept = sum(engine.is_kept(ir.kernels(structure)) for structure in every)
+        every = kernels.structures()
+        kept = sum(engine.is_kept(kernels.source(structure)) for structure in every)
         folder = cache_folder() or "no folder, for want of a home"
         return f"{engine.name}; {kept} of {len(every)} kinds of kernels in {folder}"
 
