@@ -510,7 +510,7 @@ BEGIN = """
     def published():
         if not jit:
             return None
-        from relu_xp.backends.llvm.ir import BOARD
+        from relu_xp.backends.llvm.runtime import BOARD
         from relu_xp.backends.llvm.loader import loader
         return int(loader.board[BOARD["published"]]) if loader.addresses else None
 
@@ -979,9 +979,9 @@ class TestNoThreads:
                 assert "relu_xp-1" in refused
                 assert helpers() == []
 
-                from relu_xp.backends.llvm import ir
+                from relu_xp.backends.llvm import kernels
                 from relu_xp.backends.llvm.loader import loader
-                structure = ir.Structure("float32", low=True)
+                structure = kernels.Structure("float32", low=True)
                 del loader.addresses[structure]
                 loader.request(structure)
                 threading.Thread.start = start

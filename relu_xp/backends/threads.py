@@ -60,7 +60,10 @@ def run(function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> No
     job.work()
     job.wait()
     if job.error is not None:
-        raise job.error
+        try:
+            raise job.error
+        finally:
+            job.error = None  # it knows this frame, and so would keep itself, and the arrays
 
 
 class _Job:
@@ -97,9 +100,10 @@ class _Job:
             try:
                 with self._change:
                     self._change.wait_for(lambda: not self._workers)
-                return
+                break
             except KeyboardInterrupt as error:
                 self.fail(error)
+        del self._function  # the pool may keep this; the arrays it need not
 
     def fail(self, error: BaseException) -> None:
         """Leave the rest undone."""
