@@ -96,10 +96,11 @@ def structure_of(numbers: Rounded) -> Structure:
 
 
 def structures() -> list[Structure]:
-    """Return all structures that there are."""
+    """Return all structures that an activation can have."""
     choices = itertools.product(DTYPE_NAMES, *[(False, True)] * 4)
     every = itertools.starmap(Structure, choices)
-    return [structure for structure in every if structure.ceiling or not structure.three]
+    # A ceiling and a slope make three pieces, even where the slope is then rounded to 0.
+    return [s for s in every if s.ceiling or not s.three if s.three or not (s.low and s.ceiling)]
 
 
 def constants(numbers: Rounded) -> list[int]:

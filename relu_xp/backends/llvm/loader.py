@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,7 @@ class Loader:
             self.make(structure)
             with self._queue:
                 self._asked.remove(structure)
+            time.sleep(0.001)  # for a fork that waits: a lock goes to who asks at once
 
     def _forget_thread(self) -> None:
         """Be ready to go on: this process was forked, and has only the thread that forked it."""
