@@ -196,7 +196,7 @@ def relu_grad(
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
     backend, numbers = _serving("relu_grad", "x", x, activation, floating=True)
-    if out is not None:
+    if out is not None and not backend.fits(out, x, x):
         _check_out("relu_grad", out, x, "x", (x,), backend)
     ones = backend.ones_like(x)
     gradient: ArrayT = backend.backward_from_input(numbers, numbers, ones, x, out)
@@ -245,7 +245,7 @@ def relu_backward(
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
     backend, numbers = _serving("relu_backward", "x", x, activation, floating=True)
     slopes = _fitting("relu_backward", dy, activation, backend.place(x), cast(Any, x).shape, "x is")
-    if out is not None:
+    if out is not None and not backend.fits(out, dy, x):
         _check_out("relu_backward", out, dy, "dy", (dy, x), backend)
     dx: ArrayT = backend.backward_from_input(numbers, slopes, dy, x, out)
     return dx
@@ -327,7 +327,7 @@ class Pullback:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
         backend = self._backend
         slopes = _fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
-        if out is not None:
+        if out is not None and not backend.fits(out, dy, dy):
             _check_out(function, out, dy, "dy", (dy,), backend)
         dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
         return dx
@@ -341,7 +341,7 @@ class Pullback:
 def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None) -> ArrayT:
     """Return ``f(x)``, naming `function` where something is refused."""
     backend, numbers = _serving(function, "x", x, activation)
-    if out is not None:
+    if out is not None and not backend.fits(out, x, x):
         _check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(numbers, x, out)
     return y
@@ -352,7 +352,7 @@ def forward_saving(
 ) -> tuple[ArrayT, Pullback]:
     """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
     backend, numbers = _serving(function, "x", x, activation, floating=True)
-    if out is not None:
+    if out is not None and not backend.fits(out, x, x):
         _check_out(function, out, x, "x", (x,), backend)
     y, saved = backend.forward_saving(numbers, x, out)
     return y, Pullback(activation, backend, x, saved)

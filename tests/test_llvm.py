@@ -22,7 +22,7 @@ from libraries import LIBRARIES, serving_numpy
 from test_numpy import compare, operands, results
 
 import relu_xp
-from relu_xp import mask
+from relu_xp import functional, mask
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import llvm
 from relu_xp.backends import numpy as numpy_backend
@@ -1157,3 +1157,53 @@ class TestMemory:
                 call()
         """
         python(script)
+
+
+@pytest.mark.usefixtures("served_by_kernels")
+class TestFits:
+    @pytest.fixture(params=[numpy_backend, llvm], ids=["numpy", "llvm"])
+    def fits(self, request):
+        return request.param.fits
+
+    @staticmethod
+    def arrays(tmp_path):
+        memory = np.zeros(64, np.float32)
+        locked = np.zeros(6, np.float32)
+        locked.flags.writeable = False
+        return [
+            *(memory[start : start + 6] for start in (0, 1, 5, 6, 7, 12)),
+            memory[0:12:2],
+            memory[5::-1],
+            memory[:6].reshape(2, 3),
+            memory[:6].reshape(3, 2).T,
+            memory[20:26].view(np.int32),
+            memory[26:38].view(np.float64),
+            np.zeros(6, np.float32),
+            np.zeros(6, np.float64),
+            np.zeros((2, 3), np.float32),
+            np.asfortranarray(np.zeros((2, 3), np.float32)),
+            np.zeros(()),
+            np.zeros((), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros((0, 3), np.float32),
+            np.broadcast_to(np.float32(0), (6,)),
+            locked,
+            np.memmap(tmp_path / "memmap", np.float32, "w+", shape=6),
+        ]
+
+    def test_what_surely_fits_is_lawful(self, fits, tmp_path):
+        """Whatever it lets pass, the whole check does too; what there is to pass, it lets."""
+        passed = 0
+        arrays = self.arrays(tmp_path)
+        for out, like, other in itertools.product(arrays, repeat=3):
+            if other.shape == like.shape and fits(out, like, other):
+                functional._check_out("f", out, like, "x", (like, other), numpy_backend)
+                passed += 1
+        assert passed > 10
+        fresh = np.zeros((3, 4), np.float32)
+        assert fits(np.zeros_like(fresh), fresh, np.zeros_like(fresh))
+        assert fits(fresh, fresh, fresh)
+
+    @pytest.mark.parametrize("out", [None, [1.0], "text", 1.0, np.float32(1), object()])
+    def test_it_may_be_anything(self, fits, out):
+        assert not fits(out, np.zeros(3), np.zeros(3))

@@ -51,6 +51,13 @@ class Backend(Protocol):
     def place(self, x: Any) -> tuple[str, Hashable]:
         """Return the library's name and the device, which is None where all arrays share one."""
 
+    def fits(self, out: Any, like: Any, other: Any) -> bool:
+        """Tell, quickly, whether `out` surely may take a result; False makes `check_out` look.
+
+        Whether it is an array of the class, place, shape and dtype of `like`, may be written, and
+        overlaps neither that nor `other`, unless it is the same view. It may be anything.
+        """
+
     def check_out(self, out: Any, inputs: Sequence[Any]) -> None:
         """Refuse an `out` that cannot be written, or that overlaps an input without being it.
 

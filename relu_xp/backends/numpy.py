@@ -30,6 +30,7 @@ __all__ = [
     "backward_from_input",
     "check_out",
     "dtype_name",
+    "fits",
     "forward",
     "forward_saving",
     "ones_like",
@@ -216,6 +217,19 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 def place(x: _Array) -> tuple[str, None]:
     """Return the library and device: all NumPy arrays share one."""
     return _PLACE
+
+
+def fits(out: _Array, like: _Array, other: _Array) -> bool:
+    """Tell whether `out` surely may take a result. See `relu_xp.backends.Backend`."""
+    return (
+        type(out) is type(like)
+        and out.dtype is like.dtype
+        and out.shape == like.shape
+        and out.flags.carray
+        and out.base is None  # an owner of memory overlaps no other owner
+        and (out is like or like.base is None)
+        and (out is other or other.base is None)
+    )
 
 
 def check_out(out: _Array, inputs: Sequence[_Array]) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "backward_from_input",
     "check_out",
     "dtype_name",
+    "fits",
     "forward",
     "forward_saving",
     "ones_like",
@@ -152,3 +153,8 @@ def backward_from_input(
         if dx is not None:
             return dx
     return member.by_numpy(size, _numpy.backward_from_input, numbers, slopes, dy, x, out)
+
+
+def fits(out: _Array, like: _Array, other: _Array) -> bool:
+    """Tell whether `out` surely may take a result. See `relu_xp.backends.Backend`."""
+    return type(out) is type(like) and loader.fits(out, like, other, out.nbytes)

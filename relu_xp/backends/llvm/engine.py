@@ -110,8 +110,8 @@ class Engine:
         return self._llvm.Target.from_default_triple().create_target_machine(jit=True)
 
     def runtime(self, board: np.ndarray[Any, Any]) -> tuple[Any, ...]:
-        """Return the functions ``call``, ``help`` and ``ring`` over a board (`runtime.source`)."""
-        names = ("call", "help", "ring")
+        """Return ``call``, ``fits``, ``help`` and ``ring`` over a board (`runtime.source`)."""
+        names = ("call", "fits", "help", "ring")
         addresses = self.addresses(runtime.source(_HEADER), names)
         return tuple(self._function(name, addresses[name], board) for name in names)
 
@@ -180,7 +180,7 @@ def _c_api() -> dict[str, int]:
     library = ctypes.CDLL("kernel32" if sys.platform == "win32" else None)
     for name, function in system.items():
         addresses[name] = ctypes.cast(getattr(library, function), ctypes.c_void_p).value or 0
-    addresses["none"] = id(None)
+    addresses |= {"none": id(None), "true": id(True), "false": id(False)}
     addresses["new_like"] = _numpy_function(_NEW_LIKE_ARRAY)
     new_like = ctypes.PYFUNCTYPE(
         ctypes.py_object, ctypes.py_object, ctypes.c_int, ctypes.c_void_p, ctypes.c_int

@@ -55,6 +55,10 @@ class Loader:
         """Run a kernel, if there is one (`runtime.source`, which takes the place of this)."""
         return None
 
+    def fits(self, out: _Array, like: _Array, other: _Array, nbytes: int) -> bool:
+        """Tell whether `out` surely may take a result (likewise)."""
+        return False
+
     def muster(self) -> None:
         """See to it that there are helpers, for large arrays (`Crew.muster`, likewise)."""
 
@@ -108,9 +112,9 @@ class Loader:
         if self._engine is None:
             engine = Engine()
             self.board = new_board(engine.c_api)
-            call, *others = engine.runtime(self.board)
+            call, fits, *others = engine.runtime(self.board)
             self.muster = Crew(self.board, *others).muster  # type: ignore[method-assign]
-            self.call = call  # type: ignore[method-assign]
+            self.call, self.fits = call, fits  # type: ignore[method-assign]
             self._engine = engine
         return self._engine
 

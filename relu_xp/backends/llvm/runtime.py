@@ -22,7 +22,9 @@ BOARD = {
     "release_lock": 5,
     "new_like": 6,
     "give_way": 7,
-    "none": 8,  # and of None
+    "none": 8,  # and of objects: None, True, False
+    "true": 25,
+    "false": 26,
     "release_bytes": 9,  # of `out`, from which on the GIL is released ...
     "threaded_bytes": 10,  # ... several threads are used ...
     "stream_bytes": 11,  # ... and stores go past the caches
@@ -56,7 +58,7 @@ _BLOCK_MOST = 1 << 17  # less than a whole share only where the caches do not ho
 # that it waits for.
 _GIVE_WAY = 16
 _CPU_SET = 128  # bytes of a cpu_set_t
-_C_CONTIGUOUS, _F_CONTIGUOUS, _ALIGNED = 0x1, 0x2, 0x100  # flags of NumPy's arrays
+_C_CONTIGUOUS, _F_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400  # NumPy's flags
 KEEP_ORDER = 2  # NPY_KEEPORDER
 
 # How a processor is told that it waits for another.
@@ -71,12 +73,16 @@ RECORD = {"plain": 0, "stream": 1, "itemsize": 2, "constants": 3}
 
 
 def source(header: int) -> str:
-    """Return the module that calls kernels: three functions as Python calls them (METH_FASTCALL).
+    """Return the module that calls kernels: the functions that Python calls (METH_FASTCALL).
 
     ``call(record, size, out, in[, other])`` runs a kernel over whole arrays and returns `out`, or
     if that is None a fresh array like `in` (which costs a third of `numpy.empty_like` here). It
     returns None and has done nothing where there is no kernel, or an array's elements are not in
     one piece and order.
+
+    ``fits(out, like, other, bytes)`` tells of three arrays, the first two of one class, whether
+    `out` surely may take a result: it has the shape of `like`, all have one dtype and are in one
+    piece in C order, and so many bytes of `out` may be written, and are none or all of another's.
 
     ``help(number)`` takes part in jobs as thread `number`, without the GIL, until it is to stop.
     Between two jobs it looks for the next one for a while, since to be woken takes longer than most
@@ -280,6 +286,79 @@ acquire:
   br label %end
 end:
   ret ptr %out_array
+}}
+
+define ptr @fits(ptr %self, ptr %args, i64 %count) nounwind {{
+entry:
+{data("board", "self")}
+{board("incref", "ptr")}
+{board("true", "ptr")}
+{board("false", "ptr")}
+{board("as_ssize_t", "ptr")}
+{load("out_array", "args", 0, "ptr")}
+{load("like_array", "args", 8, "ptr")}
+{load("other_array", "args", 16, "ptr")}
+{load("bytes_object", "args", 24, "ptr")}
+  %bytes = call i64 %as_ssize_t(ptr %bytes_object)
+{load("out_type", "out_array", header + 40, "ptr")}
+{load("like_type", "like_array", header + 40, "ptr")}
+{load("other_type", "other_array", header + 40, "ptr")}
+  %out_type_same = icmp eq ptr %out_type, %like_type
+  %other_type_same = icmp eq ptr %other_type, %like_type
+{flags("out_flags", "out_array")}
+{flags("like_flags", "like_array")}
+{flags("other_flags", "other_array")}
+  %two_flags = and i32 %like_flags, %other_flags
+  %not_written = or i32 %two_flags, {_WRITEABLE}
+  %all_flags = and i32 %out_flags, %not_written
+  %needed = and i32 %all_flags, {_C_CONTIGUOUS | _ALIGNED | _WRITEABLE}
+  %flags_right = icmp eq i32 %needed, {_C_CONTIGUOUS | _ALIGNED | _WRITEABLE}
+{load("out_axes", "out_array", header + 8, "i32")}
+{load("like_axes", "like_array", header + 8, "i32")}
+  %axes_same = icmp eq i32 %out_axes, %like_axes
+{data("out", "out_array")}
+{data("like", "like_array")}
+{data("other", "other_array")}
+  %out_end = getelementptr i8, ptr %out, i64 %bytes
+  %like_end = getelementptr i8, ptr %like, i64 %bytes
+  %other_end = getelementptr i8, ptr %other, i64 %bytes
+  %like_is = icmp eq ptr %out, %like
+  %like_before = icmp ule ptr %like_end, %out
+  %like_behind = icmp ule ptr %out_end, %like
+  %like_apart = or i1 %like_before, %like_behind
+  %like_right = or i1 %like_is, %like_apart
+  %other_is = icmp eq ptr %out, %other
+  %other_before = icmp ule ptr %other_end, %out
+  %other_behind = icmp ule ptr %out_end, %other
+  %other_apart = or i1 %other_before, %other_behind
+  %other_right = or i1 %other_is, %other_apart
+  %types_right = and i1 %out_type_same, %other_type_same
+  %memory_right = and i1 %like_right, %other_right
+  %kinds_right = and i1 %types_right, %flags_right
+  %right_but_axes = and i1 %kinds_right, %memory_right
+  %right_but_shape = and i1 %right_but_axes, %axes_same
+{load("out_shape", "out_array", header + 16, "ptr")}
+{load("like_shape", "like_array", header + 16, "ptr")}
+  %axes = zext i32 %out_axes to i64
+  br i1 %right_but_shape, label %test, label %no
+test:
+  %axis = phi i64 [0, %entry], [%next, %compare]
+  %some = icmp ult i64 %axis, %axes
+  br i1 %some, label %compare, label %yes
+compare:
+  %out_length_at = getelementptr i64, ptr %out_shape, i64 %axis
+  %like_length_at = getelementptr i64, ptr %like_shape, i64 %axis
+  %out_length = load i64, ptr %out_length_at
+  %like_length = load i64, ptr %like_length_at
+  %length_same = icmp eq i64 %out_length, %like_length
+  %next = add i64 %axis, 1
+  br i1 %length_same, label %test, label %no
+yes:
+  call void %incref(ptr %true)
+  ret ptr %true
+no:
+  call void %incref(ptr %false)
+  ret ptr %false
 }}
 
 define ptr @help(ptr %self, ptr %args, i64 %count) nounwind {{
