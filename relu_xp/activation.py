@@ -57,6 +57,8 @@ class Activation:
     rounded: dict[Any, Rounded] = field(default_factory=dict, init=False, repr=False, compare=False)
     served: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    # What `rounded` is for the dtype, `served` is for the array: its backend and its numbers.
+
     def __post_init__(self) -> None:
         for name in ("threshold", "negative_slope", "positive_slope"):
             object.__setattr__(self, name, _real(name, getattr(self, name)))

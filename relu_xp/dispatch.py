@@ -1,9 +1,10 @@
 """Array -> backend: the only place that knows which libraries exist.
 
-An exact ``type(x)`` seen before costs one look-up in `BACKENDS`. A new one goes to the backend of
-its library (the first component of the name of its array namespace's module): one of ours, one
-that another package brings through the entry-point group ``relu_xp.backends``, or the generic one.
-A backend's module is imported when the first array of its library arrives.
+An exact ``type(x)`` seen before costs one look-up in `BACKENDS`, and even that only once for each
+activation and dtype (`Activation.served`). A new one goes to the backend of its library (the first
+component of the name of its array namespace's module): one of ours, one that another package brings
+through the entry-point group ``relu_xp.backends``, or the generic one. A backend's module is
+imported when the first array of its library arrives.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ def buffer(nbytes: int) -> npt.NDArray[np.uint8]:
 
 
 def _lend(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return a view; when it is gone, the memory goes back."""
-    view = memory[:]
+    """Return a view; when it and its own views are gone, the memory goes back."""
+    view = np.frombuffer(memory.data, np.uint8)  # views of `memory[:]` would not keep it
     weakref.finalize(view, _take_back, memory).atexit = False
     return view
 

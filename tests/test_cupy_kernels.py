@@ -238,3 +238,16 @@ def test_kernels_run_on_the_device_of_the_array(backend, monkeypatch):
         assert entered == []
         relu_xp.relu(cupy_host.array(host, device=1), out=cupy_host.array(host.copy(), device=1))
         assert entered == [1, "left"]
+
+
+def test_two_arrays_over_one_memory_overlap_though_neither_has_a_base(backend, require):
+    """CuPy knows an owner only for views of its own: of DLPack and pointers it does not."""
+    cupy = require("cupy")
+    with LIBRARIES["cupy_host"].running():
+        import cupy_host
+
+        whole = cupy_host.array(np.zeros(9, np.float32))
+        x, out = (cupy.ndarray((8,), np.float32, whole.data + offset) for offset in (0, 4))
+        assert x.base is None
+        with pytest.raises(ValueError, match="overlaps an input"):
+            relu_xp.relu(x, out=out)

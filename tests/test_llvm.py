@@ -26,7 +26,7 @@ from relu_xp import functional, mask
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import llvm
 from relu_xp.backends import numpy as numpy_backend
-from relu_xp.backends.llvm import kernels, runtime
+from relu_xp.backends.llvm import engine, kernels, runtime
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.mask import pack, unpack
 
@@ -1207,3 +1207,27 @@ class TestFits:
     @pytest.mark.parametrize("out", [None, [1.0], "text", 1.0, np.float32(1), object()])
     def test_it_may_be_anything(self, fits, out):
         assert not fits(out, np.zeros(3), np.zeros(3))
+
+
+def test_the_memory_of_a_mask_is_not_lent_again_while_a_part_of_it_is_held():
+    size = mask._LARGE
+    part = mask.buffer(size)[3:9]
+    assert not np.shares_memory(part, mask.buffer(size))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX modes")
+def test_code_that_others_may_have_written_is_not_run(tmp_path):
+    file = tmp_path / "relu_xp" / "code.o"
+    engine._write(file, b"code")
+    assert engine._read(file) == b"code"
+    for path in (file, file.parent):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o020)
+        assert engine._read(file) is None
+        path.chmod(mode)
+    assert engine._read(file) == b"code"
+
+
+def test_a_relative_cache_folder_is_ignored(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert engine.cache_folder().is_absolute()

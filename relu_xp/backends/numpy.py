@@ -130,7 +130,7 @@ def _floats_are_exact(dtype: np.dtype[Any]) -> bool:
 
 def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     """Return f(x). See `relu_xp.backends.Backend`."""
-    small = x.size < _THREADED
+    small = x.size < _THREADED or not numbers.floating
     if small and numbers.plain and _SUBNORMAL and (zero := _ZERO.get(x.dtype)) is not None:
         if out is None and x.ndim:  # a ufunc makes a scalar of a 0-d array
             return np.maximum(x, zero)
@@ -226,9 +226,9 @@ def fits(out: _Array, like: _Array, other: _Array) -> bool:
         and out.dtype is like.dtype
         and out.shape == like.shape
         and out.flags.carray
-        and out.base is None  # an owner of memory overlaps no other owner
-        and (out is like or like.base is None)
-        and (out is other or other.base is None)
+        and out.flags.owndata  # an owner of memory overlaps no other owner
+        and (out is like or like.flags.owndata)
+        and (out is other or other.flags.owndata)
     )
 
 

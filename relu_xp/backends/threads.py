@@ -54,10 +54,14 @@ def run(function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> No
     own. Returns, or raises what a call raised, when nothing is at work any more.
     """
     job = _Job(function, parts)
-    with contextlib.suppress(RuntimeError):  # no more threads, or the interpreter is shutting down
-        for _ in range(min(count(), len(job.left)) - 1):
-            _pool().submit(job.work)
-    job.work()
+    try:
+        # Without more threads, or while the interpreter is shutting down, this one works alone.
+        with contextlib.suppress(RuntimeError):
+            for _ in range(min(count(), len(job.left)) - 1):
+                _pool().submit(job.work)
+        job.work()
+    except BaseException as error:  # Ctrl-C, before the work began
+        job.fail(error)
     job.wait()
     if job.error is not None:
         try:

@@ -101,7 +101,7 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     member = _member(numbers)
     size = x.size
     if member.ready or member.prepare():
-        if size >= _MANY:
+        if size >= _MANY and x.flags.forc:
             loader.muster()
         y = loader.call(member.forward, size, out, x)
         if y is not None:
@@ -114,7 +114,7 @@ def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Ar
     member = _member(numbers)
     size = x.size
     if member.ready or member.prepare():
-        if size >= _MANY:
+        if size >= _MANY and x.flags.forc:
             loader.muster()
         data = buffer(size if numbers.pieces == 3 else member.mask_bytes(size))
         y = loader.call(member.forward_saving, size, out, x, data)
@@ -128,7 +128,7 @@ def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _
     member = _member(numbers)
     size = dy.size
     if (member.ready or member.prepare()) and dy.flags.fnc == saved.fortran:
-        if size >= _MANY:
+        if size >= _MANY and dy.flags.forc:
             loader.muster()
         data = saved.data
         if saved.pieces == 2 and data.size < (needed := member.mask_bytes(size)):
@@ -147,7 +147,7 @@ def backward_from_input(
     member = _member(numbers)
     size = dy.size
     if slopes is numbers and (member.ready or member.prepare()):
-        if size >= _MANY:
+        if size >= _MANY and dy.flags.forc:
             loader.muster()
         dx = loader.call(member.backward_from_input, size, out, dy, x)
         if dx is not None:

@@ -301,11 +301,10 @@ class _Writer:
     def write_mask(self, x: str, index: str, live: str | None) -> None:
         """Store the pieces of a line that begins at a multiple of 8."""
         keep, clipped = self.pieces(x)
-        if self.structure.three:
-            data = self.emit(f"zext {self.bools} {keep} to {self.bytes}")
-            if clipped is not None:
-                two = f"{self.bytes} splat (i8 2), {self.bytes} {data}"
-                data = self.emit(f"select {self.bools} {clipped}, {two}")
+        if clipped is not None:
+            one = self.emit(f"zext {self.bools} {keep} to {self.bytes}")
+            two = f"{self.bytes} splat (i8 2), {self.bytes} {one}"
+            data = self.emit(f"select {self.bools} {clipped}, {two}")
             self.store(self.bytes, data, self.address("%other", index, "i8"), 1, live)
             return
         if live is not None:

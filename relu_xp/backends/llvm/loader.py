@@ -102,6 +102,9 @@ class Loader:
                 engine = self.engine()
         except Exception as error:
             return f"not compiled: {error}"
+        self.make(kernels.structures()[0])  # to see whether that works
+        if self.failure is not None:
+            return f"not compiled: {self.failure}"
         every = kernels.structures()
         kept = sum(engine.is_kept(kernels.source(structure)) for structure in every)
         folder = cache_folder() or "no folder, for want of a home"

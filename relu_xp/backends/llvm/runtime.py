@@ -237,7 +237,8 @@ publish:
 tell_cpu:
   %cpu = call i32 %get_cpu()
   %cpu_wide = sext i32 %cpu to i64
-{post("cpu", "i64", "%cpu_wide")}
+  {word("cpu")}
+  store atomic i64 %cpu_wide, ptr %cpu_at monotonic, align 8
   br label %prepare
 prepare:
   {word("taken")}
@@ -451,6 +452,7 @@ return:
 
 define ptr @ring(ptr %self, ptr %args, i64 %count) nounwind {{
 entry:
+  fence seq_cst  ; what Python has stored, `stop` say, comes before the look at who sleeps
 {data("board", "self")}
 {board("none", "ptr")}
 {board("incref", "ptr")}
