@@ -210,11 +210,10 @@ def _kernels(library: str) -> str:
         loader = importlib.import_module(f"{module}.loader").loader
         return f"{module} ({loader.describe()})"
     try:
-        kernels = importlib.import_module(module.partition(":")[0]).KERNELS
-        kind = type(next(iter(kernels.values()))).__name__
+        passes = importlib.import_module(module.partition(":")[0]).PASSES
     except Exception:  # it has none, or its library is not there
         return module
-    return f"{module} ({len(kernels)} of type {kind})"
+    return f"{module} (ElementwiseKernels of {len(passes)} passes)"
 
 
 def _third_party() -> dict[str, str]:

@@ -260,6 +260,7 @@ def relu_vjp(
     positive_slope: float = ONE,
     max_value: float | None = None,
     out: ArrayT | None = None,
+    mask: ArrayT | None = None,
 ) -> tuple[ArrayT, Pullback]:
     """Apply `relu` and return a function for its gradient (a vector-Jacobian product).
 
@@ -269,6 +270,11 @@ def relu_vjp(
         float16, bfloat16, float32 or float64.
     negative_slope, threshold, positive_slope, max_value, out
         As for `relu`.
+    mask : array of uint8, library and device of `x`, shape (n,), optional
+        Contiguous memory to keep the mask in, instead of fresh memory: ``n`` is at least
+        ``(x.size + 7) // 8``, or ``x.size`` where a ceiling meets a negative slope. It stays the
+        caller's: the pullback reads it, so leave it as it is until the last call of that. NumPy and
+        CuPy only.
 
     Returns
     -------
@@ -282,10 +288,10 @@ def relu_vjp(
     Raises
     ------
     TypeError, ValueError
-        As `relu`; also TypeError for an integer `x`.
+        As `relu`; also TypeError for an integer `x`, and either for a `mask` that does not fit.
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
-    return forward_saving("relu_vjp", activation, x, out)
+    return forward_saving("relu_vjp", activation, x, out, mask)
 
 
 class Pullback:
@@ -348,13 +354,15 @@ def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None
 
 
 def forward_saving(
-    function: str, activation: Activation, x: ArrayT, out: ArrayT | None
+    function: str, activation: Activation, x: ArrayT, out: ArrayT | None, mask: Any
 ) -> tuple[ArrayT, Pullback]:
     """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
     backend, numbers = _serving(function, "x", x, activation, floating=True)
     if out is not None and not backend.fits(out, x, x):
         _check_out(function, out, x, "x", (x,), backend)
-    y, saved = backend.forward_saving(numbers, x, out)
+    if mask is not None:
+        _check_mask(function, mask, x, out, numbers, backend)
+    y, saved = backend.forward_saving(numbers, x, out, mask)
     return y, Pullback(activation, backend, x, saved)
 
 
@@ -455,3 +463,28 @@ def _check_out(
     except (TypeError, ValueError) as error:
         subject = f"{argument}, which is to be overwritten," if out is like else "out"
         raise type(error)(f"{function}: {subject} {error}") from None
+
+
+def _check_mask(
+    function: str, mask: Any, x: Any, out: Any, numbers: Rounded, backend: Backend
+) -> None:
+    """Refuse a `mask` that cannot keep the pieces of `x`."""
+    place, nbytes = backend.place(x), backend.mask_nbytes(numbers, x)
+    if nbytes is None:
+        raise TypeError(
+            f"{function}: mask was given, but x is {describe(place)}, whose masks the library "
+            "makes itself; leave mask= away"
+        )
+    its_backend = backend_for(function, "mask", mask)
+    _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
+    if mask.dtype != "uint8" or mask.ndim != 1 or not mask.flags.c_contiguous:
+        raise TypeError(
+            f"{function}: mask must be a contiguous array of uint8 with one axis, got one of "
+            f"{mask.dtype} with shape {mask.shape} and strides {mask.strides}"
+        )
+    if mask.size < nbytes:
+        raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")
+    try:
+        backend.check_out(mask, (x,) if out is None else (x, out))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: mask {error}") from None

@@ -99,7 +99,15 @@ class ReLU:
         """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from."""
         return 0 if self._pullback is None else self._pullback.saved_nbytes
 
-    def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
+    def forward(
+        self,
+        x: ArrayT,
+        /,
+        *,
+        training: bool = True,
+        out: ArrayT | None = None,
+        mask: ArrayT | None = None,
+    ) -> ArrayT:
         """Apply the activation and remember what `backward` needs.
 
         Parameters
@@ -110,6 +118,8 @@ class ReLU:
             False saves nothing, and leaves alone what an earlier call saved.
         out : array, like `x`, optional
             Where to write the result. Not for a layer that works in place.
+        mask : array of uint8, optional
+            Where to keep the mask, as for `relu_xp.relu_vjp`. Not used with ``training=False``.
 
         Returns
         -------
@@ -125,12 +135,20 @@ class ReLU:
             out = self._itself("forward", x, out)
         if not training:
             return forward("forward", self._activation, x, out)
-        y, self._pullback = forward_saving("forward", self._activation, x, out)
+        y, self._pullback = forward_saving("forward", self._activation, x, out, mask)
         return y
 
-    def __call__(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
-        """Return ``self.forward(x, training=training, out=out)``."""
-        return self.forward(x, training=training, out=out)
+    def __call__(
+        self,
+        x: ArrayT,
+        /,
+        *,
+        training: bool = True,
+        out: ArrayT | None = None,
+        mask: ArrayT | None = None,
+    ) -> ArrayT:
+        """Return ``self.forward(x, training=training, out=out, mask=mask)``."""
+        return self.forward(x, training=training, out=out, mask=mask)
 
     def backward(self, dy: ArrayT, /, *, out: ArrayT | None = None, retain: bool = False) -> ArrayT:
         """Return the gradient with respect to the input of the latest `forward`.

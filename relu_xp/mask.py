@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Mask", "buffer", "pack", "pack_part", "shaped", "unpack", "unpack_part"]
+from relu_xp.activation import Rounded
+
+__all__ = ["Mask", "buffer", "mask_nbytes", "pack", "pack_part", "shaped", "unpack", "unpack_part"]
 
 _LARGE = 1 << 17  # bytes, from which on malloc gives memory back at once
 _SPARE_MOST = 1 << 26  # bytes kept for masks to come
@@ -55,6 +57,12 @@ class Mask:
     def nbytes(self) -> int:
         """Bytes held."""
         return int(self.data.nbytes)
+
+
+def mask_nbytes(numbers: Rounded, x: Any) -> int:
+    """Return the bytes of a mask for x. See `relu_xp.backends.Backend`."""
+    size = int(x.size)
+    return -(-size // 8) if numbers.pieces == 2 else size
 
 
 def buffer(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -2,8 +2,9 @@
 
 Three things that CI can do without a GPU, each with the exact source that CuPy generates:
 
-- `compile_for`: NVRTC, with CuPy's own options, to PTX or to machine code;
-- `HostKernel`: g++, behind a few macros, called with real ``cupy.ndarray``s over host memory;
+- `compile_for`: NVRTC, with CuPy's own options, to PTX or to machine code; `disassemble`;
+- `HostKernel`: g++, behind a few macros, called with real ``cupy.ndarray``s over host memory. The
+  32 threads of a warp are coroutines, so that they can vote and shuffle;
 - `array` and `allocate`: such arrays, so that dispatch, strides and fall-backs run for real.
 
 What this cannot show is speed, races and coalescing.
@@ -15,7 +16,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -28,11 +31,14 @@ from cupy.cuda import nvrtc
 
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's _ArgKind
 
-_SHIM = """
+_SHIM = r"""
 #include <cassert>
 #include <cmath>
 #include <cstddef>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <ucontext.h>
 using std::ptrdiff_t;
 #define __CUDACC_VER_MAJOR__ 13
 #define __device__
@@ -41,17 +47,91 @@ using std::ptrdiff_t;
 #define __forceinline__ inline
 struct Dimension { unsigned int x, y, z; };
 static Dimension blockIdx = {0, 0, 0}, threadIdx = {0, 0, 0};
-static const Dimension blockDim = {1, 1, 1}, gridDim = {1, 1, 1};
+static const Dimension blockDim = {32, 1, 1}, gridDim = {1, 1, 1};
 inline int __popc(unsigned int x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-#define MINMAX(T) inline T min(T a, T b) { return a < b ? a : b; } \\
+#define MINMAX(T) inline T min(T a, T b) { return a < b ? a : b; } \
                   inline T max(T a, T b) { return a > b ? a : b; }
 MINMAX(int) MINMAX(float) MINMAX(double)
+
+// A warp: each thread runs until it votes, shuffles or ends; then the next one has its turn. When a
+// thread goes on, all that it named must have come to the same call.
+namespace host {
+
+constexpr int warp = 32;
+static ucontext_t scheduler, threads[warp];
+static char stacks[warp][1 << 16];
+static bool ended[warp];
+static unsigned int calls[warp], values[2][warp];
+
+static void turn(int lane) {
+  threadIdx.x = lane;
+  swapcontext(&scheduler, &threads[lane]);
+}
+
+static unsigned int meet(unsigned int mask, unsigned int value) {
+  const int lane = threadIdx.x;
+  const unsigned int call = calls[lane]++;
+  values[call % 2][lane] = value;
+  swapcontext(&threads[lane], &scheduler);
+  for (int other = 0; other < warp; ++other) {
+    if ((mask >> other & 1) && calls[other] <= call) {
+      std::fprintf(stderr, "thread %d waits for %d, which does not come\n", lane, other);
+      std::abort();
+    }
+  }
+  if (!(mask >> lane & 1)) std::abort();
+  return call % 2;
+}
+
+template <class Body> void run(Body body) {
+  static Body* current;
+  current = &body;
+  for (int lane = 0; lane < warp; ++lane) {
+    ended[lane] = false;
+    calls[lane] = 0;
+    getcontext(&threads[lane]);
+    threads[lane].uc_stack.ss_sp = stacks[lane];
+    threads[lane].uc_stack.ss_size = sizeof(stacks[lane]);
+    threads[lane].uc_link = &scheduler;
+    void (*entry)() = [] {
+      (*current)();
+      ended[threadIdx.x] = true;
+    };
+    makecontext(&threads[lane], entry, 0);
+  }
+  for (int left = warp; left;) {
+    left = 0;
+    for (int lane = 0; lane < warp; ++lane) {
+      if (!ended[lane]) turn(lane);
+      left += !ended[lane];
+    }
+  }
+}
+
+}  // namespace host
+
+inline unsigned int __ballot_sync(unsigned int mask, int vote) {
+  const unsigned int slot = host::meet(mask, vote != 0);
+  unsigned int all = 0;
+  for (int lane = 0; lane < host::warp; ++lane) {
+    if (mask >> lane & 1) all |= host::values[slot][lane] << lane;
+  }
+  return all;
+}
+
+inline unsigned int __shfl_down_sync(unsigned int mask, unsigned int value, int by) {
+  const unsigned int slot = host::meet(mask, value);
+  const int lane = threadIdx.x + by;
+  if (lane >= host::warp) return value;
+  return mask >> lane & 1 ? host::values[slot][lane] : 0xdeadbeefu;  // undefined, on a device
+}
+
 #include <cupy/carray.cuh>
 """
 
 
-def source(kernel, types, layouts):
+def source(kernel, types, layouts, small=True):
     """Return what CuPy generates for an ElementwiseKernel.
 
     Parameters
@@ -61,20 +141,37 @@ def source(kernel, types, layouts):
         Of each argument; None for a scalar.
     layouts : sequence of (ndim, c_contiguous) or None
         Of each array argument, and last that of the index.
+    small : bool
+        Whether 32 bits are enough for an index.
     """
     types = [None if t is None else np.dtype(t) for t in types]
     resolved = kernel._decide_params_type(tuple(types[: kernel.nin]), tuple(types[kernel.nin :]))
     infos = [
         _kernel._ArgInfo(_SCALAR, type(None), np.dtype(dtype), 0, True, True)
         if given is None
-        else _kernel._ArgInfo(_ARRAY, cupy.ndarray, np.dtype(dtype), *layout, True)
+        else _kernel._ArgInfo(_ARRAY, cupy.ndarray, np.dtype(dtype), *layout, small)
         for given, dtype, layout in zip(types, resolved[0] + resolved[1], layouts[:-1], strict=True)
     ]
-    infos.append(_kernel._ArgInfo(_INDEXER, type(None), None, layouts[-1][0], True, True))
+    infos.append(_kernel._ArgInfo(_INDEXER, type(None), None, layouts[-1][0], True, small))
     code = _kernel._get_elementwise_kernel_code(
         tuple(infos), resolved[2], kernel.params, kernel.operation, kernel.name, kernel.preamble
     )
     return code, resolved[0] + resolved[1]
+
+
+def merge(codes, preamble):
+    """Return several generated sources as one, a namespace each, their common preamble once.
+
+    NVRTC takes 0.1 s for CuPy's headers and 0.02 s for a kernel.
+    """
+    headers, parts = set(), [preamble]
+    for number, code in enumerate(codes):
+        assert preamble in code
+        headers.update(re.findall(r"^ *(#include .*)$", code, re.M))
+        rest = re.sub(r"^ *#include .*$", "", code.replace(preamble, ""), flags=re.M)
+        rest = re.sub(r"(__global__ void \w+)\(", rf"\1_{number}(", rest)
+        parts.append(f"namespace kernel_{number} {{\n{rest}\n}}")
+    return "\n".join([*sorted(headers), *parts])
 
 
 def compile_for(code, architecture, *, ptx=False):
@@ -103,9 +200,36 @@ def compile_for(code, architecture, *, ptx=False):
             raise AssertionError(nvrtc.getProgramLog(program)) from None
         if ptx:
             return nvrtc.getPTX(program).decode().rstrip("\0")
-        return nvrtc.getCUBIN(program)
+        return nvrtc.getCUBIN(program) + b"\0"  # CuPy's own drops the last byte
     finally:
         nvrtc.destroyProgram(program)
+
+
+def disassembler():
+    """Return where nvdisasm is, of the wheel or on the path; None if it is nowhere."""
+    import nvidia
+
+    for folder in nvidia.__path__:
+        for found in Path(folder).glob("cu*/bin/nvdisasm"):
+            return str(found)
+    return shutil.which("nvdisasm")
+
+
+def disassemble(cubin):
+    """Return the instructions of machine code: a list of lines for each kernel's name."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [disassembler(), "--print-code", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels = {}
+    for line in done.stdout.splitlines():
+        if section := re.match(r"\.text\.(\w+):", line):
+            instructions = kernels[section[1]] = []
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            instructions.append(instruction[1])
+    return kernels
 
 
 def allocate(size):
@@ -123,6 +247,25 @@ def array(host, device=0):
     memory = cupy.cuda.UnownedMemory(low, max(high - low, 1), host, device_id=device)
     pointer = cupy.cuda.MemoryPointer(memory, host.__array_interface__["data"][0] - low)
     return cupy.ndarray(host.shape, host.dtype, pointer, strides=host.strides)
+
+
+def fenced(host, offset):
+    """Copy a 1-D array to `offset` elements behind an aligned address, between two fences.
+
+    Return the ``cupy.ndarray``, and a function that tells whether the fences are as they were.
+    """
+    memory = np.full(host.nbytes + 1024, 0x5A, np.uint8)
+    start = -memory.ctypes.data % 256 + 256 + offset * host.itemsize
+    inside = slice(start, start + host.nbytes)
+    view = memory[inside].view(host.dtype)
+    view[...] = host
+
+    def intact():
+        outside = np.ones(memory.size, bool)
+        outside[inside] = False
+        return bool((memory[outside] == 0x5A).all())
+
+    return array(view), intact
 
 
 def to_numpy(x):
@@ -198,19 +341,27 @@ def _compiled(code):
     types = [p.rsplit(None, 1)[0] for p in re.split(r",\s*(?![^<]*>)", parameters)]
     casts = ", ".join(f"*static_cast<{t}*>(arguments[{i}])" for i, t in enumerate(types))
     casts = re.sub(r"static_cast<const ", "static_cast<", casts)
-    text = f'{_SHIM}{code}\nextern "C" void launch(void** arguments) {{ {name}({casts}); }}\n'
+    text = (
+        f'{_SHIM}{code}\nextern "C" void launch(void** arguments) '
+        f"{{ host::run([=] {{ {name}({casts}); }}); }}\n"
+    )
     folder = _cache_folder()
     digest = hashlib.sha256(text.encode()).hexdigest()[:24]
     library = folder / f"{digest}.so"
     if not library.exists():
-        unit = folder / f"{digest}.cpp"
-        unit.write_text(text)
         includes = [o for o in core.assemble_cupy_compiler_options(()) if o.startswith("-I")]
-        command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-w", *includes]
-        done = subprocess.run(
-            [*command, str(unit), "-o", str(library)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            unit, made = Path(place, "kernel.cpp"), Path(place, "kernel.so")
+            unit.write_text(text)
+            command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
+            done = subprocess.run(
+                [*command, *includes, str(unit), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-4000:]
+            made.replace(library)
     function = ctypes.CDLL(str(library)).launch
     function.restype = None
     return function
@@ -218,7 +369,11 @@ def _compiled(code):
 
 @functools.cache
 def _cache_folder():
-    return Path(tempfile.mkdtemp(prefix="relu-xp-host-kernels-"))
+    """Return a folder that the processes of a test run share: g++ takes 0.3 s a kernel."""
+    folder = Path(tempfile.gettempdir(), f"relu-xp-host-kernels-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    assert folder.stat().st_uid == os.getuid(), folder
+    return folder
 
 
 @contextlib.contextmanager
@@ -227,12 +382,20 @@ def installed():
     from relu_xp.backends import cupy as backend
 
     launches = []
-    kernels = {name: HostKernel(kernel, launches) for name, kernel in backend.KERNELS.items()}
+
+    def kernel(*arguments, make=backend.kernel):
+        return HostKernel(make(*arguments), launches)
+
+    backend._member.cache_clear()
     with (
-        mock.patch.dict(backend.KERNELS, kernels),
+        mock.patch.object(backend, "kernel", functools.cache(kernel)),
+        mock.patch.object(
+            backend, "FORWARD_INTEGER", HostKernel(backend.FORWARD_INTEGER, launches)
+        ),
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
         # A kernel of CuPy's own fills it, on a device.
         mock.patch.object(cupy, "ones", lambda shape, dtype: array(np.ones(shape, dtype))),
         cupy.cuda.using_allocator(allocate),
     ):
         yield launches
+    backend._member.cache_clear()

@@ -1,7 +1,8 @@
-"""CuPy's kernels, compiled for five architectures and read, without a device."""
+"""CuPy's kernels without a device: compiled for five architectures, read, and run on the CPU."""
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -13,7 +14,7 @@ import relu_xp
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 INTEGERS = tuple(f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64))
-KERNELS = (
+PASSES = (
     "forward",
     "forward_bits",
     "forward_bytes",
@@ -21,6 +22,7 @@ KERNELS = (
     "backward_bytes",
     "backward_from_input",
 )
+FLAT, STRIDED = (1, True), (3, False)
 
 
 @pytest.fixture(scope="module")
@@ -46,137 +48,470 @@ def backend(request):
     return cupy
 
 
-def sources(kernel, contiguous=True):
-    """Yield every source that CuPy generates for a kernel: the dtypes, and the source."""
+@pytest.fixture(scope="module")
+def disassemble(backend, request):
+    import cupy_host
+    from conftest import unavailable
+
+    if cupy_host.disassembler() is None:
+        unavailable(request.config, "nvdisasm is not installed")
+    return cupy_host.disassemble
+
+
+def members(name):
+    """Return every choice of numbers that a member can give to a pass, as letters."""
+    slopes = ["", "a", "b", "ab"]
+    if name == "backward_from_input":
+        return [s + rest for s in slopes for rest in ("", "t", "c", "tc", "fc", "tfc")]
+    if name in ("backward_bits", "backward_bytes"):
+        return slopes
+    every = [
+        "".join(x for x in "tabc" if x in s + rest) for s in slopes for rest in ("", "t", "c", "tc")
+    ]
+    if name == "forward_bits":  # a ceiling and a slope below make three pieces
+        return [given for given in every if not {"a", "c"} <= {*given}]
+    if name == "forward_bytes":  # in which the slope may be one that x's dtype rounds to 0
+        return [given for given in every if "c" in given]
+    return every
+
+
+def source(kernel, t, x, layout, small=True):
+    """Return what CuPy generates for dtypes T and X."""
     import cupy_host
 
-    names = [p.name for p in kernel.params[:-1]]
-    arrays = {"x", "y", "dy", "dx", "mask"}
-    types = {p.ctype for p in kernel.params if p.ctype in ("T", "X")}
-    kinds = INTEGERS if kernel.name == "relu_xp_forward_integer" else tuple(oracle.DTYPES)
-    for t in kinds:
-        for x in kinds if "X" in types else (t,):
-            of = {"T": _dtype(t), "X": _dtype(x)}
-            given = [
-                of.get(p.ctype, p.dtype) if name in arrays else None
-                for name, p in zip(names, kernel.params, strict=False)
-            ]
-            flat = (1, True)
-            layout = flat if contiguous else (3, False)
-            layouts = [
-                None if g is None else flat if p.raw and p.name == "mask" else layout
-                for g, p in zip(given, kernel.params, strict=False)
-            ]
-            raw = all(p.raw for p, g in zip(kernel.params, given, strict=False) if g is not None)
-            index = flat if raw else (layout[0], True)
-            code, _ = cupy_host.source(kernel, given, [*layouts, index])
-            yield (t, x), code
+    of = {"T": _dtype(t), "X": _dtype(x)}
+    types, layouts = [], []
+    for p in kernel.params[:-1]:
+        is_array = p.name in ("x", "y", "dy", "dx", "mask")
+        types.append(of.get(p.ctype, p.dtype) if is_array else None)
+        layouts.append((FLAT if p.raw else layout) if is_array else None)
+    many = all(p.raw for p, given in zip(kernel.params, types, strict=False) if given is not None)
+    return cupy_host.source(kernel, types, [*layouts, FLAT if many else layout], small)[0]
 
 
 def _dtype(name):
     return oracle.DTYPES.get(name) or np.dtype(name)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", [*KERNELS, "forward_integer"])
-def test_every_kernel_compiles(backend, name, architecture):
-    import cupy_host
-
-    for contiguous in (True, False):
-        for _, code in sources(backend.KERNELS[name], contiguous):
-            assert cupy_host.compile_for(code, architecture)[:4] == b"\x7fELF"
-
-
-@pytest.mark.parametrize("name", [*KERNELS, "forward_integer"])
-def test_nothing_is_flushed_or_spilled(backend, name):
-    """F4: no instruction of any kernel has -ftz on it; and no array went to local memory."""
-    import cupy_host
-
-    for types, code in sources(backend.KERNELS[name]):
-        ptx = cupy_host.compile_for(code, 90, ptx=True)
-        assert ".visible .entry relu_xp_" in ptx
-        assert not re.search(r"\.ftz\b", ptx), types
-        assert not re.search(r"\b(ld|st)\.local\b|\.local \.align", ptx), types
-        if types[0] in ("float32", "bfloat16") and name != "forward_integer":
-            assert "mul.rn.f32" in ptx, types
+def sources(backend, name, t, forms=("many", "strided"), small=True):
+    """Return all sources of a pass for a dtype, by (form, x's dtype, numbers given)."""
+    found = {}
+    for form, given in itertools.product(forms, members(name)):
+        kernel = backend.kernel(name, given, form == "many")
+        for x in oracle.DTYPES if name == "backward_from_input" else (t,):
+            layout = STRIDED if form == "strided" else FLAT
+            found[form, x, given] = source(kernel, t, x, layout, small)
+    return found
 
 
-def test_the_check_for_flushing_can_fail(backend):
-    """What Chainer and thinc would write flushes, or swallows NaN, under CuPy's -ftz=true."""
-    import cupy
-    import cupy_host
-
-    for operation in ("y = x > 0 ? x : T(0)", "y = x * T(0.01)", "y = max(x, T(0))"):
-        naive = cupy.ElementwiseKernel("T x", "T y", operation, "naive")
-        code, _ = cupy_host.source(naive, ["f4", "f4"], [(1, True)] * 3)
-        assert re.search(r"\.ftz\b", cupy_host.compile_for(code, 90, ptx=True)), operation
-
-
-@pytest.mark.parametrize(("name", "loads"), [("backward_bits", 2), ("backward_from_input", 2)])
-def test_loads_are_issued_together(backend, name, loads):
-    """No load waits for a comparison: a basic block that loads one operand loads them all."""
-    import cupy_host
-
-    for types, code in sources(backend.KERNELS[name]):
-        for block in basic_blocks(cupy_host.compile_for(code, 90, ptx=True)):
-            assert block.count("ld.global") in (0, loads), types
-
-
-def test_the_check_for_loads_can_fail(backend):
-    import cupy
-    import cupy_host
-
-    late = cupy.ElementwiseKernel(
-        "T dy, T x, T a", "T dx", "if (x > 0) { dx = a * dy; } else { dx = 0; }", "late"
+def every_pass(function):
+    return pytest.mark.parametrize("t", oracle.DTYPES)(
+        pytest.mark.parametrize("name", PASSES)(function)
     )
-    flat = (1, True)
-    code, _ = cupy_host.source(late, ["f4", "f4", None, "f4"], [flat, flat, None, flat, flat])
-    blocks = basic_blocks(cupy_host.compile_for(code, 90, ptx=True))
-    assert {block.count("ld.global") for block in blocks} == {0, 1}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@every_pass
+def test_every_kernel_compiles(backend, name, t, architecture):
+    """All members, both kernels, aligned and not, contiguous and not."""
+    import cupy_host
+
+    forms = ("many", "strided", "misaligned") if architecture == 90 else ("many", "strided")
+    found = sources(backend, name, t, forms)
+    cubin = cupy_host.compile_for(cupy_host.merge(found.values(), backend._PREAMBLE), architecture)
+    assert cubin[:4] == b"\x7fELF"
+
+
+def test_the_members_that_are_compiled_are_all_there_are(backend):
+    possible = {
+        backend.kernel(name, given, many).name
+        for name in PASSES
+        for given in members(name)
+        for many in (True, False)
+    }
+    with LIBRARIES["cupy_host"].running() as launches:
+        import cupy_host
+
+        dtypes = oracle.DTYPES.values()
+        for numbers, x, dy in itertools.product(oracle.MEMBERS.values(), dtypes, dtypes):
+            run_all(cupy_host.array(np.ones(1, x)), cupy_host.array(np.ones(1, dy)), numbers)
+    assert {name for name, _ in launches} <= possible
+
+
+def run_all(x, dy, numbers):
+    """Run all passes of a member; return y, the mask's bytes and the gradients."""
+    y, pullback = relu_xp.relu_vjp(x, **numbers)
+    gradients = pullback(dy), relu_xp.relu_backward(dy, x, **numbers)
+    return relu_xp.relu(x, **numbers), y, pullback._saved.data, *gradients
+
+
+def test_a_source_is_what_cupy_compiles_also_alone(backend):
+    """Merged or not: the exact source, for each pass and dtype."""
+    import cupy_host
+
+    for name, t in itertools.product(PASSES, oracle.DTYPES):
+        kernel = backend.kernel(name, members(name)[-1], True)
+        assert cupy_host.compile_for(source(kernel, t, t, FLAT), 90)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_integer_kernels_compile(backend, architecture):
+    import cupy_host
+
+    for t, layout in itertools.product(INTEGERS, (FLAT, STRIDED)):
+        code = source(backend.FORWARD_INTEGER, t, t, layout)
+        assert cupy_host.compile_for(code, architecture)[:4] == b"\x7fELF"
+
+
+def test_indices_of_64_bits_compile(backend):
+    import cupy_host
+
+    for name in PASSES:
+        codes = sources(backend, name, "float16", small=False).values()
+        assert all("CIndexer<1, 0>" in code or "CIndexer<3, 0>" in code for code in codes)
+        merged = cupy_host.merge(codes, backend._PREAMBLE)
+        assert cupy_host.compile_for(merged, 90)[:4] == b"\x7fELF"
+
+
+@every_pass
+def test_what_the_compiler_made(backend, name, t):
+    """F4: nothing is flushed. No array in local memory; 16 bytes an access; loads come first."""
+    import cupy_host
+
+    found = sources(backend, name, t)
+    merged = cupy_host.merge(found.values(), backend._PREAMBLE)
+    made = re.split(r"\.visible \.entry ", cupy_host.compile_for(merged, 90, ptx=True))[1:]
+    for number, ((form, x, given), ptx) in enumerate(zip(found, made, strict=True)):
+        what = f"{form} {x} {given}"
+        assert re.match(rf"relu_xp_{name}_\w+_{number}\(", ptx), what
+        assert not re.search(r"\.ftz\b", ptx), what
+        assert not re.search(r"\b(ld|st)\.local\b|\.local \.align", ptx), what
+        check_products(ptx, t, x, given, what)
+        check_memory(ptx, expected_accesses(backend, name, t, x, form), what)
+
+
+def check_products(ptx, t, x, given, what):
+    """A product is one instruction that -ftz leaves alone, and there is none that is not due."""
+    due = {t for letter in given if letter in "ab"} | {x for letter in given if letter == "f"}
+    wanted = {"mul.rn.f64" if dtype == "float64" else "mul.rn.f32" for dtype in due}
+    assert set(re.findall(r"\b(?:mul|fma)\S*\.(?:f16|bf16|f32|f64)\S*", ptx)) == wanted, what
+
+
+def expected_accesses(backend, name, t, x, form):
+    """Return the sizes in bytes of all loads, and of all stores, of each path of a kernel."""
+    sizes = [oracle.DTYPES[dtype].itemsize for dtype in (t, x)]
+
+    def path(count):
+        mask = 1 if name.endswith("bits") or count == 1 else count
+        inputs = {
+            "forward": [sizes[0]],
+            "backward": [sizes[0], None],
+            "backward_from_input": sizes,
+        }[name.removesuffix("_bits").removesuffix("_bytes")]
+        outputs = [sizes[0], None] if name in ("forward_bits", "forward_bytes") else [sizes[0]]
+        return tuple([mask if s is None else s * count for s in a] for a in (inputs, outputs))
+
+    if form == "strided":
+        return [path(1)]
+    loads, stores = path(16 // max(sizes))
+    assert 16 in loads
+    return [path(1), (loads * backend._CHUNKS, stores * backend._CHUNKS)]
+
+
+def check_memory(ptx, paths, what):
+    """Each path has its loads in one block, before any store; and the stores are what they are."""
+    blocks = [accesses(block) for block in basic_blocks(ptx)]
+    loading = [block for block in blocks if any(kind == "ld" for kind, _ in block)]
+    loads = [sorted(size for kind, size in block if kind == "ld") for block in loading]
+    assert sorted(loads) == sorted(sorted(path[0]) for path in paths), what
+    for block in loading:
+        kinds = [kind for kind, _ in block]
+        assert kinds == sorted(kinds), what
+    stores = sorted(size for block in blocks for kind, size in block if kind == "st")
+    assert stores == sorted(size for path in paths for size in path[1]), what
+
+
+def accesses(block):
+    """Return the loads from and the stores to global memory, with their sizes in bytes."""
+    found = re.findall(r"\b(ld|st)\.global(?:\.v(\d))?\.[a-z]+(\d+)", block)
+    assert len(found) == len(re.findall(r"\b(?:ld|st)\.global", block))
+    return [(kind, int(count or 1) * int(bits) // 8) for kind, count, bits in found]
 
 
 def basic_blocks(ptx):
     return re.split(r"\n\$L\w+:|\bbra[.\w]*\s[^\n]*", ptx)
 
 
+@pytest.mark.parametrize("architecture", [75, 80, 90, 100, 120])
+@every_pass
+def test_what_the_assembler_made(backend, disassemble, name, t, architecture):
+    """The machine's own instructions: 16 bytes an access, no spill, no branch for an element."""
+    import cupy_host
+
+    found = {key: code for key, code in sources(backend, name, t, ("many",)).items() if key[1] == t}
+    cubin = cupy_host.compile_for(cupy_host.merge(found.values(), backend._PREAMBLE), architecture)
+    instructions = disassemble(cubin)
+    assert len(instructions) == len(found)
+    for kernel, lines in instructions.items():
+        text = "\n".join(lines)
+        wide = {kind: len(re.findall(rf"\b{kind}\.E\S*\.128\b", text)) for kind in ("LDG", "STG")}
+        operands = 2 if name == "backward_from_input" else 1
+        assert wide["LDG"] == operands * backend._CHUNKS, kernel
+        assert wide["STG"] >= backend._CHUNKS, kernel  # of a shuffle there is a copy, out of line
+        assert not re.search(r"\b(LDL|STL)\b", text), kernel
+        assert len(re.findall(r"\bBRA\b", text)) <= (20 if "SHFL" in text else 12), kernel
+        assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 64, kernel  # half of the threads
+
+
+def test_the_checks_can_fail(backend):
+    """What Chainer and thinc would write flushes, or swallows NaN, under CuPy's -ftz=true."""
+    import cupy
+    import cupy_host
+
+    for operation in ("y = x > 0 ? x : T(0)", "y = x * T(0.01)", "y = max(x, T(0))"):
+        naive = cupy.ElementwiseKernel("T x", "T y", operation, "naive")
+        ptx = cupy_host.compile_for(source(naive, "float32", None, FLAT), 90, ptx=True)
+        assert re.search(r"\.ftz\b", ptx), operation
+    late = cupy.ElementwiseKernel(
+        "T dy, T x, T a", "T dx", "if (x > 0) { dx = a * dy; } else { dx = 0; }", "late"
+    )
+    ptx = cupy_host.compile_for(source(late, "float32", None, FLAT), 90, ptx=True)
+    with pytest.raises(AssertionError):
+        check_memory(ptx, [([4, 4], [4])], "late")
+    with pytest.raises(AssertionError):
+        check_products(ptx, "float32", "float32", "a", "late")
+
+
 def test_numbers_are_arguments_not_source(backend):
-    """One kernel a rule: a new slope compiles nothing."""
-    assert set(backend.KERNELS) == {*KERNELS, "forward_integer"}
-    with LIBRARIES["cupy_host"].running():
+    """A new slope compiles nothing; what a number's absence leaves out is compiled for itself."""
+    with LIBRARIES["cupy_host"].running() as launches:
         import cupy_host
 
         before = cupy_host._compiled.cache_info().misses
         x = cupy_host.array(np.array([-1.0, 2.0], np.float32))
-        for slope in (0.0, 0.1, 0.7, -3.0):
+        for slope in (0.3, 0.1, 0.7, -3.0):
             relu_xp.relu(x, negative_slope=slope, threshold=slope / 8, max_value=5 + slope)
         assert cupy_host._compiled.cache_info().misses <= before + 1
+        relu_xp.relu(x)
+        relu_xp.relu(x, negative_slope=1e-60)  # which float32 rounds to 0
+    assert [name for name, _ in launches] == [*["relu_xp_forward_tac_many"] * 4] + [
+        "relu_xp_forward_many"
+    ] * 2
 
 
-def test_launches(backend):
-    """Exactly one launch a call, flat where the layout allows it."""
+# ---- The source run on the CPU ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dy_dtype", oracle.DTYPES)
+@pytest.mark.parametrize("x_dtype", oracle.DTYPES)
+def test_the_same_bits_as_numpy(backend, x_dtype, dy_dtype):
+    """Every member, 65,536 patterns or the specials and random ones, NaN payloads and products."""
+    x = oracle.patterns(x_dtype).view(oracle.DTYPES[x_dtype])
+    dy = oracle.gradients(dy_dtype, x.size).view(oracle.DTYPES[dy_dtype])
+    with LIBRARIES["cupy_host"].running(), np.errstate(all="ignore"):
+        import cupy_host
+
+        for member, numbers in oracle.MEMBERS.items():
+            got = run_all(cupy_host.array(x), cupy_host.array(dy), numbers)
+            for one, wanted in zip(got, run_all(x, dy, numbers), strict=True):
+                check_bits(cupy_host.to_numpy(one), wanted, f"{member} {wanted.dtype}")
+
+
+def check_bits(got, wanted, what):
+    """Compare all bits, but those of infinity * 0: each processor has a NaN of its own for that."""
+    assert got.dtype == wanted.dtype
+    wanted = wanted[: got.size]  # a mask may be longer than needed
+    unsigned = f"u{got.itemsize}"
+    differ = got.view(unsigned) != wanted.view(unsigned)
+    if differ.any() and "nearly-one" in what:
+        differ &= ~(np.isnan(got) & np.isnan(wanted))
+    assert not differ.any(), (what, got[differ][:5], wanted[differ][:5])
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_tails_and_misaligned_views(backend, dtype):
+    """0 to 33 elements, and those around whole tiles; each start within 16 bytes; fences intact."""
+    itemsize = oracle.DTYPES[dtype].itemsize
+    tile = 32 * backend._CHUNKS * (16 // itemsize)
+    sizes = [
+        *range(34),
+        *(k * tile + rest for k in (1, 2, 5) for rest in (-9, -1, 0, 1, 8, 31, 33)),
+    ]
+    rng = np.random.default_rng(7)
+    source = rng.choice(oracle.specials(dtype), max(sizes)).view(oracle.DTYPES[dtype])
+    other = rng.choice(oracle.specials(dtype), max(sizes)).view(oracle.DTYPES[dtype])
+    starts = range(0, 16 // itemsize + 1)
+    with LIBRARIES["cupy_host"].running() as launches, np.errstate(all="ignore"):
+        import cupy_host
+
+        for size, numbers in itertools.product(
+            sizes, ({}, {"negative_slope": 0.5, "max_value": 2.0})
+        ):
+            x, dy = source[:size], other[:size]
+            wanted = run_all(x, dy, numbers)
+            nbytes = -(-size // 8) if not numbers else size
+            for start in starts if size in (0, 7, 33, tile + 33) else (0,):
+                memory = [cupy_host.fenced(a, start) for a in (x, dy, x, dy)]
+                mask = cupy_host.fenced(np.zeros(nbytes, np.uint8), 16 * start)
+                xs, dys, y, dx = (view for view, _ in memory)
+                launches.clear()
+                _, pullback = relu_xp.relu_vjp(xs, out=y, mask=mask[0], **numbers)
+                pullback(dys, out=dx)
+                form = "many" if start * itemsize % 16 == 0 else "one"
+                assert size == 0 or all(name.endswith(form) for name, _ in launches)
+                for one, bits in zip((y, mask[0], dx), wanted[1:4], strict=True):
+                    check_bits(cupy_host.to_numpy(one), bits, f"{size} {start}")
+                relu_xp.relu(xs, out=y, **numbers)
+                relu_xp.relu_backward(dys, xs, out=dx, **numbers)
+                check_bits(cupy_host.to_numpy(y), wanted[0], f"{size} {start}")
+                check_bits(cupy_host.to_numpy(dx), wanted[4], f"{size} {start}")
+                assert all(intact() for _, intact in (*memory, mask)), (size, start)
+
+
+def test_a_warp_that_does_not_come_together_is_seen(backend):
+    """The check of votes and shuffles can fail: thread 0 waits for one that does not come."""
+    import subprocess
+    import sys
+
+    script = """
+        import cupy, numpy, cupy_host
+        kernel = cupy.ElementwiseKernel(
+            "raw T x", "raw T y", "if (i != 3) y[i] = __ballot_sync(0xff, 1);", "apart"
+        )
+        x = cupy_host.array(numpy.ones(8, numpy.int32))
+        cupy_host.HostKernel(kernel, [])(x, x, size=8)
+    """
+    import textwrap
+
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd="tests",
+    )
+    assert done.returncode == -6
+    assert re.search(r"thread \d+ waits for 3, which does not come", done.stderr)
+
+
+# ---- Which kernel serves ------------------------------------------------------------------------
+
+
+def layouts():
+    """Return arrays of one shape, laid out otherwise, and which kernel is to serve them."""
+    host = np.arange(6 * 8, dtype=np.float32).reshape(6, 8) - 20
+    wide = np.zeros((6, 16), np.float32)
+    tall = np.zeros((12, 8), np.float32)
+    flat = np.zeros(49, np.float32)
+    return {
+        "C": (host, "many"),
+        "Fortran": (np.asfortranarray(host), "many"),
+        "columns": (wide[:, ::2], "one"),
+        "rows": (tall[::2], "one"),
+        "reversed": (host.copy()[::-1], "one"),
+        "part of rows": (wide[:, :8], "one"),
+        "misaligned": (flat[1:].reshape(6, 8), "one"),
+        "broadcast": (np.broadcast_to(host[0], (6, 8)), "one"),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+def test_the_layout_chooses_the_kernel(backend, layout):
+    """One launch a call. An aligned array takes the fast kernel always, a strided one never."""
+    host, form = layouts()[layout]
     with LIBRARIES["cupy_host"].running() as launches:
         import cupy_host
 
-        flat, shape = [(1, True)], (6, 8)
-        for order in "CF":
-            host = np.array(np.ones(shape, np.float32), order=order)
-            x = cupy_host.array(host)
+        x = cupy_host.array(host)
+        alike, otherwise = (
+            cupy_host.array(np.ones((6, 8), np.float32, order=order))
+            for order in ("FC" if layout == "Fortran" else "CF")
+        )
+
+        def check(wanted, function, *arrays, **options):
             launches.clear()
-            _, pullback = relu_xp.relu_vjp(x)
-            assert launches == [("relu_xp_forward_bits", flat * 3)]
+            result = function(*arrays, **options)
+            ((name, shapes),) = launches
+            assert name == f"relu_xp_{wanted}"
+            if name.endswith("many"):  # else it would compile anew for each number of dimensions
+                assert set(shapes) == {FLAT}
+            return result
+
+        for kind, numbers in {"bits": {}, "bytes": {"negative_slope": 0.5, "max_value": 3}}.items():
+            ac, a = ("_ac", "_a") if numbers else ("", "")
+            check(f"forward{ac}_{form}", relu_xp.relu, x, **numbers)
+            check(f"forward{ac}_one", relu_xp.relu, x, **numbers, out=otherwise)
+            _, pullback = check(f"forward_{kind}{ac}_{form}", relu_xp.relu_vjp, x, **numbers)
+            for dy, its_form in ((alike, "many"), (otherwise, "one"), (x, form)):
+                check(f"backward_{kind}{a}_{its_form}", pullback, dy)
+                both = "many" if form == its_form == "many" else "one"
+                check(f"backward_from_input{ac}_{both}", relu_xp.relu_backward, dy, x, **numbers)
+
+
+def test_small_and_empty_arrays(backend):
+    with LIBRARIES["cupy_host"].running() as launches:
+        import cupy_host
+
+        for shape, form in (((), "many"), ((1,), "many"), ((1, 1, 1), "many")):
+            x = cupy_host.array(np.full(shape, 3.0, np.float32))
             launches.clear()
-            pullback(x)
-            assert launches == [("relu_xp_backward_bits", flat * 3)]
-        x = cupy_host.array(np.ones((6, 16), np.float32)[:, ::2])
-        launches.clear()
-        relu_xp.relu(x)
-        assert launches == [("relu_xp_forward", [(2, False), (2, True)])]
-        launches.clear()
-        relu_xp.relu_vjp(x)[1](x)
-        assert [name for name, _ in launches] == ["relu_xp_forward_bits", "relu_xp_backward_bits"]
+            assert relu_xp.relu_vjp(x)[1](x).shape == shape
+            assert [name.rpartition("_")[2] for name, _ in launches] == [form] * 2
         for empty in ((0,), (3, 0)):
             x = cupy_host.array(np.ones(empty, np.float32))
             assert relu_xp.relu_vjp(x)[1](x).shape == empty
+
+
+@pytest.mark.parametrize("order", "CF")
+@pytest.mark.parametrize("numbers", [{}, {"negative_slope": 0.5, "max_value": 3.0}], ids=str)
+def test_given_memory_nothing_is_allocated(backend, monkeypatch, order, numbers):
+    import cupy
+
+    with LIBRARIES["cupy_host"].running():
+        import cupy_host
+
+        x, dy, y, dx = (
+            cupy_host.array(np.ones((40, 50), np.float32, order=order)) for _ in range(4)
+        )
+        mask = cupy_host.array(np.zeros(2000, np.uint8))
+
+        def allocate(size):
+            raise AssertionError(f"{size} bytes were allocated")
+
+        with cupy.cuda.using_allocator(allocate):
+            _, pullback = relu_xp.relu_vjp(x, out=y, mask=mask, **numbers)
+            pullback(dy, out=dx)
+            relu_xp.relu_backward(dy, x, out=dx, **numbers)
+            relu_xp.relu(x[::2], out=y[::2])
+            with pytest.raises(AssertionError, match="were allocated"):
+                relu_xp.relu_vjp(x, out=y)
+            layer = relu_xp.ReLU(inplace=True, **numbers)
+            layer.forward(x, mask=mask)
+            layer.backward(dy)
+
+
+def test_out_of_memory_leaves_all_as_it_was(backend):
+    """CuPy's own error; what was saved before is still there, and the next call works."""
+    import cupy
+
+    def allocate(size):
+        raise cupy.cuda.memory.OutOfMemoryError(size, 0)
+
+    with LIBRARIES["cupy_host"].running():
+        import cupy_host
+
+        x = cupy_host.array(np.array([-2.0, 4.0], np.float32))
+        y = cupy_host.array(np.zeros(2, np.float32))
+        layer = relu_xp.LeakyReLU(0.5)
+        layer.forward(x)
+        for options in ({}, {"out": y}):  # for the result, and for the mask
+            with (
+                cupy.cuda.using_allocator(allocate),
+                pytest.raises(cupy.cuda.memory.OutOfMemoryError, match="Out of memory allocating"),
+            ):
+                layer.forward(x, **options)
+        assert cupy_host.to_numpy(y).tolist() == [0, 0]
+        assert cupy_host.to_numpy(layer.backward(x)).tolist() == [-1, 4]
 
 
 def test_integers(backend):

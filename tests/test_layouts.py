@@ -201,6 +201,75 @@ def test_the_mask_is_what_its_format_says(xp, fortran, shape):
     assert pullback.saved_nbytes == x.size
 
 
+@pytest.mark.libraries("strided")
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("shape", [(), (0, 3), (9,), (61, 67)])
+@pytest.mark.parametrize("numbers", [{}, {"negative_slope": 0.5, "max_value": 2.0}], ids=str)
+def test_a_mask_in_memory_of_the_callers(xp, numbers, shape, fortran):
+    """Filled, read, filled anew; as long as need be or longer, and nothing behind it written."""
+    x = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    x = np.array(x, order="F" if fortran else "C")
+    dy = np.array(x + 1, order="F" if fortran else "C")
+    needed = x.size if numbers else -(-x.size // 8)
+    y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+    wanted = xp.numpy(y), xp.numpy(pullback(xp.array(dy)))
+    for spare in (0, 3, 200):
+        memory = np.full(needed + spare, 0x5A, np.uint8)
+        mask = xp.array(memory)
+        for values in (np.asarray(-x), x):  # the second pass takes what the first has left
+            y, again = relu_xp.relu_vjp(xp.array(values), mask=mask, **numbers)
+        np.testing.assert_array_equal(xp.numpy(y), wanted[0])
+        np.testing.assert_array_equal(xp.numpy(again(xp.array(dy))), wanted[1])
+        got = xp.numpy(mask)
+        bytes_of_pullback = xp.numpy(pullback._saved.data)
+        np.testing.assert_array_equal(got[:needed], bytes_of_pullback[:needed])
+        assert needed <= again.saved_nbytes <= needed + min(spare, 7)
+        assert (got[again.saved_nbytes :] == 0x5A).all()
+        layer = relu_xp.ReLU(**numbers)
+        assert layer(xp.array(x), mask=mask) is not None
+        np.testing.assert_array_equal(xp.numpy(layer.backward(xp.array(dy))), wanted[1])
+
+
+@pytest.mark.libraries("strided")
+def test_a_mask_that_does_not_fit_is_refused(xp):
+    host = np.arange(-40.0, 40.0, dtype=np.float32)
+    memory = xp.array(host.copy())
+    x, out = memory[:40], memory[40:]
+    bytes_of_it = memory.view(np.uint8)
+    for mask, error, message in (
+        (xp.array(np.zeros(4, np.uint8)), ValueError, "mask has 4 bytes, x needs 5"),
+        (xp.array(np.zeros(40, np.int8)), TypeError, "mask must be a contiguous array of uint8"),
+        (xp.array(np.zeros((5, 8), np.uint8)), TypeError, "mask must be a contiguous array of"),
+        (xp.array(np.zeros(40, np.uint8)[::2]), TypeError, "mask must be a contiguous array of"),
+        (bytes_of_it[:5], ValueError, "mask overlaps an input"),
+        (bytes_of_it[160:165], ValueError, "mask overlaps an input"),
+        ([0] * 5, TypeError, "mask must be an array, got list"),
+    ):
+        with pytest.raises(error, match=f"relu_vjp: {message}"):
+            relu_xp.relu_vjp(x, out=out, mask=mask)
+        with pytest.raises(error, match=f"forward: {message}"):
+            relu_xp.ReLU().forward(x, out=out, mask=mask)
+    np.testing.assert_array_equal(xp.numpy(memory), host)
+    one = memory[:1]  # whose bytes begin where it does, with strides that are never taken
+    with pytest.raises(ValueError, match="relu_vjp: mask overlaps an input"):
+        relu_xp.relu_vjp(one, mask=one.view(np.uint8)[:1])
+
+
+def test_a_mask_where_there_is_none_is_refused(require):
+    x = require("array_api_strict").ones(3)
+    with pytest.raises(TypeError, match="relu_vjp: mask was given, but x is array_api_strict"):
+        relu_xp.relu_vjp(x, mask=np.zeros(1, np.uint8))
+    with pytest.raises(TypeError, match="relu_vjp: x is NumPy, mask is PyTorch"):
+        relu_xp.relu_vjp(np.ones(3), mask=require("torch").zeros(1))
+
+
+def test_a_mask_that_is_read_only_is_refused():
+    mask = np.zeros(1, np.uint8)
+    mask.flags.writeable = False
+    with pytest.raises(ValueError, match="relu_vjp: mask is read-only"):
+        relu_xp.relu_vjp(np.ones(3), mask=mask)
+
+
 def test_the_mask_is_ours_alone(xp):
     """A3: overwriting x and y between forward and backward changes nothing."""
     x = np.array([-1.0, 2.0, 0.0, 5.0], np.float32)

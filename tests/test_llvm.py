@@ -278,9 +278,9 @@ DIRECT = {
     "forward": lambda b, n, x, dy, m: b.forward(n, x, None),
     "forward, out": lambda b, n, x, dy, m: b.forward(n, x, np.empty_like(x)),
     "forward, in place": lambda b, n, x, dy, m: b.forward(n, x, x),
-    "saving": lambda b, n, x, dy, m: b.forward_saving(n, x, None)[0],
-    "saving, in place": lambda b, n, x, dy, m: b.forward_saving(n, x, x)[0],
-    "pieces": lambda b, n, x, dy, m: unpack(b.forward_saving(n, x, None)[1]),
+    "saving": lambda b, n, x, dy, m: b.forward_saving(n, x, None, None)[0],
+    "saving, in place": lambda b, n, x, dy, m: b.forward_saving(n, x, x, None)[0],
+    "pieces": lambda b, n, x, dy, m: unpack(b.forward_saving(n, x, None, None)[1]),
     "backward": lambda b, n, x, dy, m: b.backward(n, dy, m, None),
     "backward, in place": lambda b, n, x, dy, m: b.backward(n, dy, m, dy),
     "from input": lambda b, n, x, dy, m: b.backward_from_input(n, n, dy, x, None),
@@ -299,7 +299,7 @@ class TestBits:
     def test_same_as_numpys(self, member, dtype, form):
         numbers = rounded(member, dtype)
         x, dy = values(dtype, 0), values(dtype, 1)
-        saved = numpy_backend.forward_saving(numbers, x, None)[1]
+        saved = numpy_backend.forward_saving(numbers, x, None, None)[1]
         for name, call in DIRECT.items():
             wanted = call(numpy_backend, numbers, x.copy(), dy.copy(), saved)
             with calling(form), counted() as served:
@@ -342,7 +342,7 @@ class Bench:
         self.itemsize = self.dtype.itemsize
         repeats = -(-most // values(dtype).size)
         self.x, self.dy = (np.tile(values(dtype, seed), repeats)[:most] for seed in (0, 1))
-        y, saved = numpy_backend.forward_saving(self.numbers, self.x, None)
+        y, saved = numpy_backend.forward_saving(self.numbers, self.x, None, None)
         dx = numpy_backend.backward(self.numbers, self.dy, saved, None)
         self.pieces = unpack(saved).copy()
         self.wanted = {"forward": y, "forward_saving": y, "backward": dx, "backward_from_input": dx}
@@ -369,7 +369,7 @@ class Bench:
     def mask_length(self, size):
         """Return the bytes of the mask that the backend gives to the kernels."""
         if size not in self.mask_lengths:
-            saved = llvm.forward_saving(self.numbers, self.x[:size], None)[1]
+            saved = llvm.forward_saving(self.numbers, self.x[:size], None, None)[1]
             self.mask_lengths[size] = saved.data.size
         return self.mask_lengths[size]
 
@@ -489,10 +489,10 @@ class TestTailsAndAlignment:
         for size in (*range(201), 4095, 4097, large + 5, large + 5, large + 32):
             x = np.resize(values(dtype), size)
             with calling(form):
-                ones = llvm.forward_saving(rounded("relu", dtype), np.ones_like(x), None)[1]
+                ones = llvm.forward_saving(rounded("relu", dtype), np.ones_like(x), None, None)[1]
                 del ones
-                data = llvm.forward_saving(numbers, x, None)[1].data
-            packed = numpy_backend.forward_saving(numbers, x, None)[1].data
+                data = llvm.forward_saving(numbers, x, None, None)[1].data
+            packed = numpy_backend.forward_saving(numbers, x, None, None)[1].data
             assert 0 <= data.size - packed.size <= 7
             assert np.array_equal(data[: packed.size], packed), size
             assert not data[packed.size :].any(), size
@@ -540,9 +540,9 @@ PAGES = """
         assert member.ready
         for size in (*range(1 + 4 * 64 // np.dtype(dtype).itemsize), 199, 200):
             x, dy = rng.standard_normal((2, size)).astype(dtype)
-            y, saved = alone.forward_saving(numbers, x, None)
+            y, saved = alone.forward_saving(numbers, x, None, None)
             dx = alone.backward(numbers, dy, saved, None)
-            data = llvm.forward_saving(numbers, x, None)[1].data
+            data = llvm.forward_saving(numbers, x, None, None)[1].data
             calls = {
                 "forward": (y, x),
                 "forward_saving": (y, x, data),
@@ -602,7 +602,7 @@ class TestMasksCrossOver:
             x = shape(values(of_x, 0), size)
             dy = shape(values(dtype, size % 2), size)
             saving, slopes = rounded(member, of_x), rounded(member, dtype)
-            saved = {name: b.forward_saving(saving, x, None)[1] for name, b in makers.items()}
+            saved = {name: b.forward_saving(saving, x, None, None)[1] for name, b in makers.items()}
             wanted = numpy_backend.backward(slopes, dy, saved["numpy"], None)
             np.testing.assert_array_equal(unpack(saved["llvm"]), unpack(saved["numpy"]))
             with counted() as served:
@@ -620,7 +620,7 @@ class TestMasksCrossOver:
         for member, orders in itertools.product(WIDE, itertools.permutations("CF")):
             x, dy = (values("float32")[:35].reshape(5, 7, order=order) for order in orders)
             numbers = rounded(member, "float32")
-            saved = {b: b.forward_saving(numbers, x, None)[1] for b in (llvm, numpy_backend)}
+            saved = {b: b.forward_saving(numbers, x, None, None)[1] for b in (llvm, numpy_backend)}
             assert {mask.fortran for mask in saved.values()} == {orders[0] == "F"}
             got = [b.backward(numbers, dy, m, None) for b in saved for m in saved.values()]
             for dx in got:
@@ -632,10 +632,10 @@ class TestMasksCrossOver:
             numbers = rounded(member, dtype)
             for size in (40_000, 40_001, 40_030):
                 x, dy = (np.resize(values(dtype, seed), size) for seed in (0, 1))
-                alone = numpy_backend.forward_saving(numbers, x, None)[1]
+                alone = numpy_backend.forward_saving(numbers, x, None, None)[1]
                 wanted = numpy_backend.backward(numbers, dy, alone, None)
                 with calling(form):
-                    ours = llvm.forward_saving(numbers, x, None)[1]
+                    ours = llvm.forward_saving(numbers, x, None, None)[1]
                     got = [llvm.backward(numbers, dy, m, None) for m in (alone, ours)]
                 got.append(numpy_backend.backward(numbers, dy, ours, None))
                 for dx in got:

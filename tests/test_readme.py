@@ -38,7 +38,7 @@ def test_blocks_run(number, request):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 @pytest.mark.parametrize("module", [functional, layers])

@@ -27,8 +27,12 @@ class Backend(Protocol):
     def forward(self, numbers: Rounded, x: Any, out: Any) -> Any:
         """Return f(x); `x` may have an integer dtype."""
 
-    def forward_saving(self, numbers: Rounded, x: Any, out: Any) -> tuple[Any, Any]:
-        """Return f(x) and what `backward` needs, which must share no memory with x or f(x)."""
+    def forward_saving(self, numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, Any]:
+        """Return f(x) and what `backward` needs, which must share no memory with x or f(x).
+
+        `mask` is None, or a 1-D contiguous array of uint8 to keep that in, of at least as many
+        elements as `mask_nbytes` says.
+        """
 
     def backward(self, numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
         """Return f'(x) * dy from what was saved; `numbers` are rounded to the dtype of `dy`."""
@@ -65,6 +69,9 @@ class Backend(Protocol):
         on after the name of the argument.
         """
 
+    def mask_nbytes(self, numbers: Rounded, x: Any) -> int | None:
+        """Return how many bytes of a caller's `forward_saving` needs; None if it takes no mask."""
+
     def saved_nbytes(self, saved: Any) -> int:
         """Return how many bytes the saved state holds."""
 
@@ -95,7 +102,8 @@ def check_memory(
     for x in inputs:
         if out is x or not may_share_memory(out, x):
             continue
-        if address(out) != address(x) or _steps(out) != _steps(x):
+        same = address(out) == address(x) and out.itemsize == x.itemsize
+        if not same or _steps(out) != _steps(x):
             raise ValueError(
                 "overlaps an input without being the same view; give that very array or one that "
                 "shares no memory with it"

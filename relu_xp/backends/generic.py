@@ -26,6 +26,7 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "mask_nbytes",
     "ones_like",
     "place",
     "saved_nbytes",
@@ -41,7 +42,7 @@ def forward(numbers: Rounded, x: Any, out: Any) -> Any:
     return _store(xp.where(x <= numbers.threshold, _low(numbers, x), high), out)
 
 
-def forward_saving(numbers: Rounded, x: Any, out: Any) -> tuple[Any, Any]:
+def forward_saving(numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, Any]:
     """Return f(x) and the pieces: bool, or 0, 1, 2 in uint8 where there are three."""
     pieces = _pieces(numbers, x)  # first: out may be x
     return forward(numbers, x, out), pieces
@@ -101,6 +102,10 @@ def check_out(out: Any, inputs: Sequence[Any]) -> None:
         others = [seen if x is out else _memory(x) for x in inputs]
         others = [other for other in others if other is not None]
         check_memory(seen, others, np.may_share_memory, lambda array: array.ctypes.data)
+
+
+def mask_nbytes(numbers: Rounded, x: Any) -> None:
+    """Return None: what is saved is an array of bool, made by the library."""
 
 
 def saved_nbytes(saved: Any) -> int:

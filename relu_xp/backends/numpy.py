@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import check_memory, threads
-from relu_xp.mask import Mask, buffer, pack, pack_part, shaped, unpack, unpack_part
+from relu_xp.mask import Mask, buffer, mask_nbytes, pack, pack_part, shaped, unpack, unpack_part
 
 __all__ = [
     "backward",
@@ -33,6 +33,7 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "mask_nbytes",
     "ones_like",
     "place",
     "saved_nbytes",
@@ -144,23 +145,27 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     return y
 
 
-def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Array, Mask]:
+def forward_saving(
+    numbers: Rounded, x: _Array, out: _Array | None, mask: _Array | None
+) -> tuple[_Array, Mask]:
     """Return f(x) and the packed mask. See `relu_xp.backends.Backend`."""
     fortran = x.flags.fnc
     zero = _ZERO.get(x.dtype) if numbers.plain and _SUBNORMAL else None
-    if zero is not None and out is None and x.ndim and x.size <= _BLOCK:  # each call counts here
+    small = out is None and mask is None and x.ndim and x.size <= _BLOCK
+    if zero is not None and small:  # each call counts here
         y = np.maximum(x, zero)
         return y, Mask(pack(np.not_equal(y, zero), fortran, 2), x.shape, fortran, 2)
     y = _fresh(x) if out is None else out
     k = _constants(numbers, x.dtype)
-    data = buffer(x.size if numbers.pieces == 3 else -(-x.size // 8))
-    mask = Mask(data, x.shape, fortran, numbers.pieces)
+    nbytes = mask_nbytes(numbers, x)
+    data = buffer(nbytes) if mask is None else mask[:nbytes]
+    saved = Mask(data, x.shape, fortran, numbers.pieces)
 
     def save(part: slice | None, xs: _Array, ys: _Array) -> None:
-        pack_part(mask, part, _forward_block(k, xs, ys))
+        pack_part(saved, part, _forward_block(k, xs, ys))
 
     _each_block(save, fortran, x, y)
-    return y, mask
+    return y, saved
 
 
 def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:

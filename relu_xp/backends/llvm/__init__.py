@@ -20,7 +20,14 @@ from relu_xp.backends import numpy as _numpy
 from relu_xp.backends.llvm import kernels, runtime
 from relu_xp.backends.llvm.crew import THREADED
 from relu_xp.backends.llvm.loader import loader
-from relu_xp.backends.numpy import check_out, dtype_name, ones_like, place, saved_nbytes
+from relu_xp.backends.numpy import (
+    check_out,
+    dtype_name,
+    mask_nbytes,
+    ones_like,
+    place,
+    saved_nbytes,
+)
 from relu_xp.mask import Mask, buffer
 
 __all__ = [
@@ -31,6 +38,7 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "mask_nbytes",
     "ones_like",
     "place",
     "saved_nbytes",
@@ -109,18 +117,22 @@ def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     return member.by_numpy(size, _numpy.forward, numbers, x, out)
 
 
-def forward_saving(numbers: Rounded, x: _Array, out: _Array | None) -> tuple[_Array, Mask]:
+def forward_saving(
+    numbers: Rounded, x: _Array, out: _Array | None, mask: _Array | None
+) -> tuple[_Array, Mask]:
     """Return f(x) and the packed mask. See `relu_xp.backends.Backend`."""
     member = _member(numbers)
     size = x.size
     if member.ready or member.prepare():
         if size >= _MANY and x.flags.forc:
             loader.muster()
-        data = buffer(size if numbers.pieces == 3 else member.mask_bytes(size))
-        y = loader.call(member.forward_saving, size, out, x, data)
-        if y is not None:
-            return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
-    return member.by_numpy(size, _numpy.forward_saving, numbers, x, out)
+        nbytes = size if numbers.pieces == 3 else member.mask_bytes(size)
+        data = buffer(nbytes) if mask is None else mask[:nbytes]
+        if data.size == nbytes:  # else the caller's has no room for the last line
+            y = loader.call(member.forward_saving, size, out, x, data)
+            if y is not None:
+                return y, Mask(data, x.shape, x.flags.fnc, numbers.pieces)
+    return member.by_numpy(size, _numpy.forward_saving, numbers, x, out, mask)
 
 
 def backward(numbers: Rounded, dy: _Array, saved: Mask, out: _Array | None) -> _Array:
