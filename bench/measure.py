@@ -376,8 +376,11 @@ def conditions(*packages: str) -> dict[str, Any]:
 def save(path: str | Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON, if a path was given."""
     if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")  # a run that is ended leaves the file whole
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(path)
 
 
 def _lines(path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pictures of what `bench.cpu` measured; grey, line and marker tell the libraries apart."""
+"""The pictures of what was measured; grey, line and marker tell the libraries apart."""
 
 from __future__ import annotations
 
@@ -7,29 +7,33 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Rows = list[dict[str, Any]]
 
 STYLES: dict[str, dict[str, Any]] = {
     "relu_xp": {"color": "0", "marker": "o", "linewidth": 2},
     "NumPy": {"color": "0.5", "marker": "s"},
+    "CuPy": {"color": "0.5", "marker": "s"},
     "PyTorch": {"color": "0.3", "marker": "^", "linestyle": "--"},
     "autograd": {"color": "0.3", "marker": "v", "linestyle": ":", "label": "PyTorch, autograd"},
     "JAX": {"color": "0.6", "marker": "D", "linestyle": "-."},
-    "copy": {"color": "0.75", "linewidth": 3},
+    "copy": {"color": "0.75", "linewidth": 3, "zorder": 1},
 }
 PANELS = (
     ("forward", "backward", "both"),
     ("forward, out=", "backward, out=", "both, out="),
 )
+PASSES = ("forward", "forward + mask", "backward", "both")
 
 
 def draw(result: Mapping[str, Any], beside: Path) -> list[Path]:
-    """Draw what there is of the sweep and of the forum's spellings.
+    """Draw what there is of `bench.cpu`'s sweep and of the forum's spellings.
 
     Parameters
     ----------
     result : mapping
-        What `bench.cpu` saves.
+        What it saves.
     beside : path
         Where that is; ``cpu.json`` gives ``cpu-time.png`` and ``cpu-bandwidth.png``.
 
@@ -53,6 +57,65 @@ def draw(result: Mapping[str, Any], beside: Path) -> list[Path]:
             drawn.append(beside.with_name(f"{beside.stem}-{name}.png"))
             figure.savefig(drawn[-1])
     return drawn
+
+
+def draw_passes(rows: Rows, path: Path) -> bool:
+    """Draw the bandwidth of `bench.gpu`'s passes against the number of elements.
+
+    The bytes are those that relu_xp moves, whoever computes it: what is twice as high takes half
+    the time.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of its section ``passes``.
+    path : path
+        Where to.
+
+    Returns
+    -------
+    bool
+        Whether there is matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [row for row in rows if "us" in row]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    needed = {  # kilobytes
+        (row["dtype"], row["pass"], row["elements"]): row["GB/s"] * row["us"]
+        for row in rows
+        if row["library"] in ("relu_xp", "copy")
+    }
+    figure = Figure(figsize=(11, 9), layout="constrained", dpi=120)
+    grid = figure.subplots(len(PASSES), len(dtypes), sharex=True, sharey=True, squeeze=False)
+    for (i, j), axes in np.ndenumerate(grid):
+        for library, style in STYLES.items():
+            place = dtypes[j], "copy" if library == "copy" else PASSES[i]
+            fastest: dict[int, float] = {}  # of a library's ways, in microseconds
+            for row in rows:
+                if (row["library"], row["dtype"], row["pass"]) == (library, *place):
+                    elements = row["elements"]
+                    fastest[elements] = min(row["us"], fastest.get(elements, row["us"]))
+            sizes = [size for size in sorted(fastest) if (*place, size) in needed]
+            if sizes:
+                bandwidths = [needed[*place, size] / fastest[size] for size in sizes]
+                form = {"label": library, "markersize": 4, "zorder": 2, **style}
+                axes.plot(sizes, bandwidths, **form)
+        axes.set_xscale("log", base=2)
+        axes.set_title(f"{PASSES[i]}, {dtypes[j]}", size=9)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    for axes in grid[-1]:
+        axes.set_xlabel("elements")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("GB/s")
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=max(len(lines), 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
 
 
 def _time(figure: Any, rows: Rows) -> None:
