@@ -170,8 +170,8 @@ class _Member:
                     arrays = tuple([array.T for array in arrays])
                 self._one(*self._numbers, *arrays)
                 return
-        # Flat views would spare compiling per number of dimensions, 0.15 s each, but cost a fifth of
-        # a call.
+        # Flat views would spare a kernel per number of dimensions (0.15 s to compile), and cost a
+        # fifth of each call.
         size, tile = arrays[0].size, self._tile
         threads = size - size // tile * (tile - _WARP)
         self._many(*self._numbers, *arrays, size=threads)
