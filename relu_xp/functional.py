@@ -198,8 +198,7 @@ def relu_grad(
     backend, numbers = _serving("relu_grad", "x", x, activation, floating=True)
     if out is not None and not backend.fits(out, x, x):
         _check_out("relu_grad", out, x, "x", (x,), backend)
-    ones = backend.ones_like(x)
-    gradient: ArrayT = backend.backward_from_input(numbers, numbers, ones, x, out)
+    gradient: ArrayT = backend.gradient(numbers, x, out)
     return gradient
 
 
@@ -272,9 +271,10 @@ def relu_vjp(
         As for `relu`.
     mask : array of uint8, library and device of `x`, shape (n,), optional
         Contiguous memory to keep the mask in, instead of fresh memory: ``n`` is at least
-        ``(x.size + 7) // 8``, or ``x.size`` where a ceiling meets a negative slope. It stays the
-        caller's: the pullback reads it, so leave it as it is until the last call of that. NumPy and
-        CuPy only.
+        ``(x.size + 7) // 8``, or ``x.size`` where a ceiling meets a negative slope. All of it may
+        be written; with ``(x.size + 63) // 64 * 8`` there is room for whole lines, which is fastest
+        on a CPU. It stays the caller's: the pullback reads it, so leave it as it is until the last
+        call of that. NumPy and CuPy only.
 
     Returns
     -------
@@ -297,11 +297,14 @@ def relu_vjp(
 class Pullback:
     """The gradient of one forward pass; made by `relu_vjp`, called any number of times."""
 
-    __slots__ = ("_activation", "_backend", "_place", "_saved", "_shape")
+    __slots__ = ("_activation", "_backend", "_mask", "_place", "_saved", "_shape")
 
-    def __init__(self, activation: Activation, backend: Backend, x: Any, saved: Any) -> None:
+    def __init__(
+        self, activation: Activation, backend: Backend, x: Any, saved: Any, mask: Any
+    ) -> None:
         self._activation = activation
         self._backend = backend
+        self._mask = mask  # the caller's: nobody else has ours
         self._place = backend.place(x)
         self._shape = x.shape
         self._saved = saved
@@ -314,7 +317,8 @@ class Pullback:
         dy : array, shape of x
             Gradient with respect to y; any floating dtype, any layout, x's library and device.
         out : array, library, device, shape and dtype of `dy`, optional
-            Where to write the result: `dy` itself, or an array that shares no memory with it.
+            Where to write the result: `dy` itself, or an array that shares no memory with it, or
+            with the mask.
 
         Returns
         -------
@@ -333,8 +337,11 @@ class Pullback:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
         backend = self._backend
         slopes = _fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
-        if out is not None and not backend.fits(out, dy, dy):
-            _check_out(function, out, dy, "dy", (dy,), backend)
+        if out is not None:
+            if self._mask is not None:
+                _check_out(function, out, dy, "dy", (dy, self._mask), backend)
+            elif not backend.fits(out, dy, dy):
+                _check_out(function, out, dy, "dy", (dy,), backend)
         dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
         return dx
 
@@ -363,7 +370,7 @@ def forward_saving(
     if mask is not None:
         _check_mask(function, mask, x, out, numbers, backend)
     y, saved = backend.forward_saving(numbers, x, out, mask)
-    return y, Pullback(activation, backend, x, saved)
+    return y, Pullback(activation, backend, x, saved, mask)
 
 
 def _serving(
@@ -477,10 +484,12 @@ def _check_mask(
         )
     its_backend = backend_for(function, "mask", mask)
     _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
-    if mask.dtype != "uint8" or mask.ndim != 1 or not mask.flags.c_contiguous:
-        raise TypeError(
-            f"{function}: mask must be a contiguous array of uint8 with one axis, got one of "
-            f"{mask.dtype} with shape {mask.shape} and strides {mask.strides}"
+    if mask.dtype != "uint8":
+        raise TypeError(f"{function}: mask has dtype {mask.dtype}; give an array of uint8")
+    if mask.ndim != 1 or not mask.flags.c_contiguous:
+        raise ValueError(
+            f"{function}: mask has shape {mask.shape} and strides {mask.strides}; "
+            "give a contiguous array with one axis"
         )
     if mask.size < nbytes:
         raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")

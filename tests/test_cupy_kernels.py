@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -18,6 +22,7 @@ PASSES = (
     "forward",
     "forward_bits",
     "forward_bytes",
+    "gradient",
     "backward_bits",
     "backward_bytes",
     "backward_from_input",
@@ -90,7 +95,7 @@ def source(kernel, t, x, layout, small=True):
     of = {"T": _dtype(t), "X": _dtype(x)}
     types, layouts = [], []
     for p in kernel.params[:-1]:
-        is_array = p.name in ("x", "y", "dy", "dx", "mask")
+        is_array = p.name in ("x", "y", "g", "dy", "dx", "mask")
         types.append(of.get(p.ctype, p.dtype) if is_array else None)
         layouts.append((FLAT if p.name == "mask" else layout) if is_array else None)
     many = all(p.raw for p, given in zip(kernel.params, types, strict=False) if given is not None)
@@ -150,7 +155,8 @@ def run_all(x, dy, numbers):
     """Run all passes of a member; return y, the mask's bytes and the gradients."""
     y, pullback = relu_xp.relu_vjp(x, **numbers)
     gradients = pullback(dy), relu_xp.relu_backward(dy, x, **numbers)
-    return relu_xp.relu(x, **numbers), y, pullback._saved.data, *gradients
+    forward, slope = (f(x, **numbers) for f in (relu_xp.relu, relu_xp.relu_grad))
+    return forward, y, pullback._saved.data, *gradients, slope
 
 
 def test_a_source_is_what_cupy_compiles_also_alone(backend):
@@ -213,6 +219,7 @@ def expected_accesses(backend, name, t, x, form):
         mask = 1 if name.endswith("bits") or count == 1 else count
         inputs = {
             "forward": [sizes[0]],
+            "gradient": [sizes[0]],
             "backward": [sizes[0], None],
             "backward_from_input": sizes,
         }[name.removesuffix("_bits").removesuffix("_bytes")]
@@ -314,6 +321,16 @@ def test_numbers_are_arguments_not_source(backend):
 # ---- The source run on the CPU ------------------------------------------------------------------
 
 
+# Numbers that a dtype rounds to 0, to infinity or to a subnormal.
+EXTREMES = {
+    "slope to zero": {"positive_slope": 1e-320},
+    "slopes overflow": {"positive_slope": -1e300, "negative_slope": 1e300, "threshold": 1e-6},
+    "knee overflows": {"threshold": 1e300, "negative_slope": 1e-40},
+    "knee below all": {"threshold": -1e300, "positive_slope": 2.0, "max_value": 1e-40},
+    "ceiling overflows": {"threshold": -1e-40, "max_value": 1e300, "negative_slope": -1.0},
+}
+
+
 @pytest.mark.parametrize("dy_dtype", oracle.DTYPES)
 @pytest.mark.parametrize("x_dtype", oracle.DTYPES)
 def test_the_same_bits_as_numpy(backend, x_dtype, dy_dtype):
@@ -323,7 +340,7 @@ def test_the_same_bits_as_numpy(backend, x_dtype, dy_dtype):
     with LIBRARIES["cupy_host"].running(), np.errstate(all="ignore"):
         import cupy_host
 
-        for member, numbers in oracle.MEMBERS.items():
+        for member, numbers in (oracle.MEMBERS | EXTREMES).items():
             got = run_all(cupy_host.array(x), cupy_host.array(dy), numbers)
             for one, wanted in zip(got, run_all(x, dy, numbers), strict=True):
                 check_bits(cupy_host.to_numpy(one), wanted, f"{member} {wanted.dtype}")
@@ -335,7 +352,7 @@ def check_bits(got, wanted, what):
     wanted = wanted[: got.size]  # a mask may be longer than needed
     unsigned = f"u{got.itemsize}"
     differ = got.view(unsigned) != wanted.view(unsigned)
-    if differ.any() and "nearly-one" in what:
+    if differ.any() and what.startswith(("nearly-one", "slope")):
         differ &= ~(np.isnan(got) & np.isnan(wanted))
     assert not differ.any(), (what, got[differ][:5], wanted[differ][:5])
 
@@ -352,7 +369,7 @@ def test_tails_and_misaligned_views(backend, dtype):
     rng = np.random.default_rng(7)
     source = rng.choice(oracle.specials(dtype), max(sizes)).view(oracle.DTYPES[dtype])
     other = rng.choice(oracle.specials(dtype), max(sizes)).view(oracle.DTYPES[dtype])
-    starts = range(0, 16 // itemsize + 1)
+    starts, some = range(0, 16 // itemsize + 1), (0, 7, 33, tile + 33)
     with LIBRARIES["cupy_host"].running() as launches, np.errstate(all="ignore"):
         import cupy_host
 
@@ -362,48 +379,62 @@ def test_tails_and_misaligned_views(backend, dtype):
             x, dy = source[:size], other[:size]
             wanted = run_all(x, dy, numbers)
             nbytes = -(-size // 8) if not numbers else size
-            for start in starts if size in (0, 7, 33, tile + 33) else (0,):
-                memory = [cupy_host.fenced(a, start) for a in (x, dy, x, dy)]
-                mask = cupy_host.fenced(np.zeros(nbytes, np.uint8), 16 * start)
-                xs, dys, y, dx = (view for view, _ in memory)
+            moved = itertools.product(starts, (0, 1, 8)) if size in some else ((0, 0),)
+            for start, mask_start in moved:
+                memory = [cupy_host.fenced(a, start) for a in (x, dy, x, dy, x)]
+                mask = cupy_host.fenced(np.zeros(nbytes, np.uint8), mask_start)
+                xs, dys, y, dx, g = (view for view, _ in memory)
+                aligned = start * itemsize % 16 == 0
                 launches.clear()
                 _, pullback = relu_xp.relu_vjp(xs, out=y, mask=mask[0], **numbers)
                 pullback(dys, out=dx)
-                form = "many" if start * itemsize % 16 == 0 else "one"
+                form = "many" if aligned and mask_start == 0 else "one"
                 assert size == 0 or all(name.endswith(form) for name, _ in launches)
                 for one, bits in zip((y, mask[0], dx), wanted[1:4], strict=True):
                     check_bits(cupy_host.to_numpy(one), bits, f"{size} {start}")
+                launches.clear()
                 relu_xp.relu(xs, out=y, **numbers)
                 relu_xp.relu_backward(dys, xs, out=dx, **numbers)
-                check_bits(cupy_host.to_numpy(y), wanted[0], f"{size} {start}")
-                check_bits(cupy_host.to_numpy(dx), wanted[4], f"{size} {start}")
+                relu_xp.relu_grad(xs, out=g, **numbers)
+                form = "many" if aligned else "one"
+                assert size == 0 or all(name.endswith(form) for name, _ in launches)
+                for one, bits in zip((y, dx, g), (wanted[0], *wanted[4:]), strict=True):
+                    check_bits(cupy_host.to_numpy(one), bits, f"{size} {start}")
                 assert all(intact() for _, intact in (*memory, mask)), (size, start)
 
 
-def test_a_warp_that_does_not_come_together_is_seen(backend):
-    """The check of votes and shuffles can fail: thread 0 waits for one that does not come."""
-    import subprocess
-    import sys
+HOST_CHECKS = {
+    "apart": (
+        '"if (i != 3) y[i] = __ballot_sync(0xff, 1);"',
+        -6,
+        "waits for 3, which does not come",
+    ),
+    "misaligned": ('"*(double2*)&y[1] = {0.0, 0.0};"', -4, ""),
+}
 
-    script = """
+
+@pytest.mark.parametrize("flaw", HOST_CHECKS)
+def test_what_stops_a_device_stops_the_host(backend, flaw):
+    """The checks of votes and of alignment can fail."""
+    operation, status, message = HOST_CHECKS[flaw]
+    preamble = "struct alignas(16) double2 { double x, y; };"
+    script = f"""
         import cupy, numpy, cupy_host
         kernel = cupy.ElementwiseKernel(
-            "raw T x", "raw T y", "if (i != 3) y[i] = __ballot_sync(0xff, 1);", "apart"
+            "raw T x", "raw T y", {operation}, "{flaw}", preamble="{preamble}"
         )
         x = cupy_host.array(numpy.ones(8, numpy.int32))
         cupy_host.HostKernel(kernel, [])(x, x, size=8)
     """
-    import textwrap
-
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         check=False,
-        cwd="tests",
+        cwd=Path(__file__).parent,
     )
-    assert done.returncode == -6
-    assert re.search(r"thread \d+ waits for 3, which does not come", done.stderr)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
 
 
 # ---- Which kernel serves ------------------------------------------------------------------------
@@ -474,7 +505,7 @@ def test_small_and_empty_arrays(backend):
 
 @pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("numbers", [{}, {"negative_slope": 0.5, "max_value": 3.0}], ids=str)
-def test_given_memory_nothing_is_allocated(backend, monkeypatch, order, numbers):
+def test_given_memory_nothing_is_allocated(backend, order, numbers):
     import cupy
 
     with LIBRARIES["cupy_host"].running():
@@ -492,6 +523,7 @@ def test_given_memory_nothing_is_allocated(backend, monkeypatch, order, numbers)
             _, pullback = relu_xp.relu_vjp(x, out=y, mask=mask, **numbers)
             pullback(dy, out=dx)
             relu_xp.relu_backward(dy, x, out=dx, **numbers)
+            relu_xp.relu_grad(x, out=dx, **numbers)
             relu_xp.relu(x[::2], out=y[::2])
             with pytest.raises(AssertionError, match="were allocated"):
                 relu_xp.relu_vjp(x, out=y)
@@ -583,16 +615,35 @@ def test_kernels_run_on_the_device_of_the_array(backend, monkeypatch):
         assert entered == []
         relu_xp.relu(cupy_host.array(host, device=1), out=cupy_host.array(host.copy(), device=1))
         assert entered == [1, "left"]
+        for given, there in (("out", host.copy()), ("mask", np.zeros(8, np.uint8))):
+            with pytest.raises(ValueError, match=f"x is CuPy on device 0, {given} is CuPy on dev"):
+                relu_xp.relu_vjp(cupy_host.array(host), **{given: cupy_host.array(there, 1)})
+        assert entered == [1, "left"]
 
 
-def test_two_arrays_over_one_memory_overlap_though_neither_has_a_base(backend, require):
-    """CuPy knows an owner only for views of its own: of DLPack and pointers it does not."""
-    cupy = require("cupy")
+def test_two_imports_of_one_memory_overlap(backend):
+    """Of DLPack and bare pointers CuPy knows no owner, and takes two starts for two memories."""
+    import cupy
+
     with LIBRARIES["cupy_host"].running():
         import cupy_host
 
-        whole = cupy_host.array(np.zeros(9, np.float32))
+        host = np.zeros(9, np.float32)
+        x, out = cupy_host.array(host[:8]), cupy_host.array(host[1:])
+        assert not cupy.may_share_memory(x, out)
+        mask = cupy_host.array(host.view(np.uint8)[5:13])
+        backwards = cupy_host.array(host[:0:-1])
+        for call in (
+            lambda: relu_xp.relu(x, out=out),
+            lambda: relu_xp.relu(x, out=backwards),
+            lambda: relu_xp.relu_backward(out, x, out=out),
+            lambda: relu_xp.relu_vjp(x, mask=mask),
+        ):
+            with pytest.raises(ValueError, match="overlaps an input"):
+                call()
+        whole = cupy_host.array(host)
         x, out = (cupy.ndarray((8,), np.float32, whole.data + offset) for offset in (0, 4))
-        assert x.base is None
         with pytest.raises(ValueError, match="overlaps an input"):
             relu_xp.relu(x, out=out)
+        apart = cupy_host.array(np.zeros(8, np.float32))
+        assert relu_xp.relu(x, out=apart) is apart

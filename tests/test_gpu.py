@@ -36,13 +36,14 @@ def test_the_same_bits_as_numpy(cupy, x_dtype, dy_dtype):
     x = oracle.patterns(x_dtype).view(oracle.DTYPES[x_dtype])
     dy = oracle.gradients(dy_dtype, x.size).view(oracle.DTYPES[dy_dtype])
     apart = [cupy.zeros(2 * a.size, a.dtype)[::2] for a in (x, dy)]
-    for view, host in zip(apart, (x, dy), strict=True):
+    askew = [cupy.zeros(a.size + 1, a.dtype)[1:] for a in (x, dy)]
+    for view, host in zip(apart + askew, (x, dy) * 2, strict=True):
         view[...] = cupy.asarray(host)
     together = [cupy.asarray(x), cupy.asarray(dy)]
     for member, numbers in oracle.MEMBERS.items():
         with np.errstate(all="ignore"):
             wanted = run_all(x, dy, numbers)
-        for arrays in (together, apart):
+        for arrays in (together, apart, askew):
             for got, host in zip(run_all(*arrays, numbers), wanted, strict=True):
                 check_bits(cupy.asnumpy(got), host, f"{member} {host.dtype}")
 
@@ -123,6 +124,16 @@ def test_calls_run_on_the_current_stream_and_wait_for_nothing(cupy):
         check_bits(cupy.asnumpy(got), wanted, "held")
 
 
+def captured(stream, step):
+    """Return what a function launches as a graph; end the capture even if it fails."""
+    stream.begin_capture()
+    try:
+        step()
+    finally:
+        graph = stream.end_capture()
+    return graph
+
+
 @pytest.mark.parametrize("layout", ["C", "Fortran", "strided"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("member", MEMBERS)
@@ -136,13 +147,14 @@ def test_a_graph_of_both_passes(cupy, member, dtype, layout):
             return cupy.zeros((shape[0], 2 * shape[1]), dtype)[:, ::2]
         return cupy.zeros(shape, dtype, order=layout[0])
 
-    x, y, dy, dx, from_input = (empty() for _ in range(5))
+    x, y, dy, dx, from_input, slope = (empty() for _ in range(6))
     mask = cupy.zeros(x.size, np.uint8)
 
     def step():
         _, pullback = relu_xp.relu_vjp(x, out=y, mask=mask, **numbers)
         pullback(dy, out=dx)
         relu_xp.relu_backward(dy, x, out=from_input, **numbers)
+        relu_xp.relu_grad(x, out=slope, **numbers)
 
     def allocate(size):
         raise AssertionError(f"{size} bytes were allocated")
@@ -151,9 +163,7 @@ def test_a_graph_of_both_passes(cupy, member, dtype, layout):
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(allocate):
-        stream.begin_capture()
-        step()
-        graph = stream.end_capture()
+        graph = captured(stream, step)
     rng = np.random.default_rng(9)
     for _ in range(3):
         hosts = [rng.choice(oracle.specials(dtype), shape).view(dtype) for _ in range(2)]
@@ -165,7 +175,7 @@ def test_a_graph_of_both_passes(cupy, member, dtype, layout):
         stream.synchronize()
         with np.errstate(all="ignore"):
             wanted = run_all(*hosts, numbers)
-        for got, host in ((y, wanted[1]), (dx, wanted[3]), (from_input, wanted[4])):
+        for got, host in zip((y, dx, from_input, slope), (wanted[1], *wanted[3:]), strict=True):
             check_bits(cupy.ascontiguousarray(got).get(), host, member)
 
 
@@ -185,9 +195,7 @@ def test_layers_in_a_graph(cupy):
     stream = cupy.cuda.Stream(non_blocking=True)
     cupy.cuda.Device().synchronize()
     with stream:
-        stream.begin_capture()
-        step()
-        graph = stream.end_capture()
+        graph = captured(stream, step)
     host, gradient = np.random.default_rng(3).standard_normal((2, 5000)).astype(np.float32) * 4
     with stream:
         x[...], dy[...] = cupy.asarray(host), cupy.asarray(gradient)
@@ -236,8 +244,13 @@ def test_more_than_two_to_the_31_elements(cupy, dtype):
     relu_xp.relu_backward(x, x, out=y)
     check(y, np.maximum(host, 0))
     y.fill(7)
-    relu_xp.relu(x[1:], out=y[1:])  # 2**31 and more, misaligned
+    _, pullback = relu_xp.relu_vjp(x[1:], out=y[1:])  # 2**31 and more, misaligned
     assert float(y[0]) == 7
+    check(y[1:], np.roll(np.maximum(host, 0), -1))
+    keep = np.packbits(np.roll(host, -1) > 0, bitorder="little")
+    check(pullback._saved.data[: size // 8 - 1], keep)
+    y.fill(7)
+    pullback(x[1:], out=y[1:])
     check(y[1:], np.roll(np.maximum(host, 0), -1))
 
 

@@ -46,8 +46,8 @@ class Backend(Protocol):
         numbers rounded to the dtype of `dy`.
         """
 
-    def ones_like(self, x: Any) -> Any:
-        """Return ones of x's shape, dtype and device; read-only and of stride 0 if that is less."""
+    def gradient(self, numbers: Rounded, x: Any, out: Any) -> Any:
+        """Return f'(x), that is f'(x) * dy for a dy of ones like `x`."""
 
     def dtype_name(self, dtype: Any) -> str:
         """Return a dtype's standard name, for example ``"float32"``; raise TypeError for none."""

@@ -37,8 +37,8 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "gradient",
     "mask_nbytes",
-    "ones_like",
     "place",
     "saved_nbytes",
 ]
@@ -65,6 +65,7 @@ PASSES = {
     "forward": _Pass("forward<Unsaved>", ("Ttabc",), (_X,), (_Y,)),
     "forward_bits": _Pass("forward<Bits>", ("Ttabc",), (_X,), (_Y, _MASK)),
     "forward_bytes": _Pass("forward<Bytes>", ("Ttabc",), (_X,), (_Y, _MASK)),
+    "gradient": _Pass("gradient", ("Ttabc",), (_X,), ("T g",)),
     "backward_bits": _Pass("backward<Bits>", ("T-ab-",), (_DY, _MASK), (_DX,)),
     "backward_bytes": _Pass("backward<Bytes>", ("T-ab-",), (_DY, _MASK), (_DX,)),
     # The numbers t, f, c choose the piece: they are rounded to the dtype of x, with f for b.
@@ -231,10 +232,12 @@ def backward_from_input(
     return dx
 
 
-def ones_like(x: cupy.ndarray) -> cupy.ndarray:
-    """Return ones of x's shape, dtype and device, all of them one element."""
+def gradient(numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
+    """Return f'(x). See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
-        return cupy.broadcast_to(cupy.ones((), x.dtype), x.shape)
+        g = _like(x, x.dtype) if out is None else out
+        _member("gradient", numbers, numbers).run(_is_fortran(x), x, g)
+    return g
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:
@@ -249,12 +252,17 @@ def place(x: cupy.ndarray) -> tuple[str, int]:
 
 def fits(out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
     """Tell whether `out` surely may take a result. See `relu_xp.backends.Backend`."""
-    return (
-        type(out) is cupy.ndarray
-        and _c_contiguous(out)
-        and (out is like or not cupy.may_share_memory(out, like))
-        and (other is like or out is other or not cupy.may_share_memory(out, other))
-        and out.shape == like.shape
+    if type(out) is not cupy.ndarray or not _c_contiguous(out):
+        return False
+    start = out.data.ptr
+    end = start + out.nbytes
+    for x in (like, other):
+        if x is not out:
+            first = x.data.ptr
+            if not _c_contiguous(x) or (first < end and start < first + x.nbytes):
+                return False
+    return (  # type: ignore[no-any-return]
+        out.shape == like.shape
         and out.dtype == like.dtype
         and out.data.device_id == like.data.device_id
     )
@@ -262,7 +270,23 @@ def fits(out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
 
 def check_out(out: cupy.ndarray, inputs: Sequence[cupy.ndarray]) -> None:
     """Refuse an `out` that overlaps itself, or that overlaps an input without being it."""
-    check_memory(out, inputs, cupy.may_share_memory, lambda array: array.data.ptr)
+    check_memory(out, inputs, _may_share_memory, lambda array: array.data.ptr)
+
+
+def _may_share_memory(left: cupy.ndarray, right: cupy.ndarray) -> bool:
+    """Tell whether bounds meet; CuPy's own says no where two imports of one memory overlap."""
+    (low, high), (first, last) = _bounds(left), _bounds(right)
+    return low < last and first < high
+
+
+def _bounds(x: cupy.ndarray) -> tuple[int, int]:
+    low = high = x.data.ptr
+    if x.size:
+        for length, stride in zip(x.shape, x.strides, strict=True):
+            low += min(0, (length - 1) * stride)
+            high += max(0, (length - 1) * stride)
+        high += x.itemsize
+    return low, high
 
 
 def saved_nbytes(saved: Mask) -> int:

@@ -26,8 +26,8 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "gradient",
     "mask_nbytes",
-    "ones_like",
     "place",
     "saved_nbytes",
 ]
@@ -65,9 +65,10 @@ def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out:
     return backward(slopes, dy, _pieces(numbers, x), out)
 
 
-def ones_like(x: Any) -> Any:
-    """Return ones of x's shape, dtype and device."""
-    return array_api_compat.array_namespace(x).ones_like(x)
+def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
+    """Return f'(x). See `relu_xp.backends.Backend`."""
+    ones = array_api_compat.array_namespace(x).ones_like(x)
+    return backward_from_input(numbers, numbers, ones, x, out)
 
 
 def dtype_name(dtype: Any) -> str:

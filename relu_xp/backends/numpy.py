@@ -33,8 +33,8 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "gradient",
     "mask_nbytes",
-    "ones_like",
     "place",
     "saved_nbytes",
 ]
@@ -204,9 +204,10 @@ def backward_from_input(
     return dx
 
 
-def ones_like(x: _Array) -> _Array:
-    """Return ones of x's shape and dtype, all of them one element."""
-    return np.broadcast_to(np.ones((), x.dtype), x.shape)
+def gradient(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
+    """Return f'(x). See `relu_xp.backends.Backend`."""
+    ones = np.broadcast_to(np.ones((), x.dtype), x.shape)
+    return backward_from_input(numbers, numbers, ones, x, out)
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:

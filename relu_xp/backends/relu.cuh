@@ -40,6 +40,7 @@ template <class T> struct Format {
   static constexpr bool half = cupy::type_traits::is_same<T, float16>::value;
   static constexpr int exponent = half ? 5 : sizeof(T) == 8 ? 11 : 8;  // bits
   static constexpr Word infinity = sign - (sign >> exponent);
+  static constexpr Word one = (sign >> 1) - (sign >> exponent);
   static constexpr Word quiet = sign >> (exponent + 1);  // what makes a NaN a quiet one
 };
 
@@ -114,7 +115,7 @@ template <class T> __device__ Word<T> product(Word<T> slope, Word<T> x) {
 // ---- The rules --------------------------------------------------------------------------------
 
 // One member of the family. Four flags say which of its numbers are given; one that is not has its
-// default (t = 0, a = 0, b = 1, no c), and a slope of 0 or 1 is never a product.
+// default (t = 0, a = 0, b = 1, no c), and those slopes are never products.
 template <class T, bool has_t, bool has_a, bool has_b, bool has_c> struct Family {
   typedef Format<T> F;
   Word<T> span, a, b, c;
@@ -285,6 +286,29 @@ template <class T, class F, template <int> class Pieces> struct Forward {
   }
 };
 
+template <class T, class F> struct Gradient {
+  static constexpr int together = 16 / sizeof(T);
+  F family;
+  const T* x;
+  T* g;
+
+  template <int count> struct Loaded { Elements<T, count> x; };
+
+  template <int count> __device__ void load(Loaded<count>& loaded, Index at, Index) const {
+    loaded.x.load(x + at);
+  }
+  template <int count>
+  __device__ void finish(const Loaded<count>& loaded, Index at, Index, unsigned int) const {
+    const Word<T> one = Format<T>::one;
+    Elements<T, count> result;
+#pragma unroll
+    for (int k = 0; k < count; ++k) {
+      result.set(k, family.backward(family.piece(loaded.x.get(k)), one));
+    }
+    result.store(g + at);
+  }
+};
+
 template <class T, class F, template <int> class Pieces> struct Backward {
   static constexpr int together = 16 / sizeof(T);
   F family;
@@ -312,6 +336,10 @@ template <class T, class F, template <int> class Pieces> struct Backward {
 template <template <int> class Pieces, class F, class T>
 __device__ Forward<T, F, Pieces> forward(F family, const T* x, T* y, unsigned char* mask = nullptr) {
   return {family, x, y, mask};
+}
+
+template <class F, class T> __device__ Gradient<T, F> gradient(F family, const T* x, T* g) {
+  return {family, x, g};
 }
 
 template <template <int> class Pieces, class F, class T>

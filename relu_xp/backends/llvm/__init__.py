@@ -23,8 +23,8 @@ from relu_xp.backends.llvm.loader import loader
 from relu_xp.backends.numpy import (
     check_out,
     dtype_name,
+    gradient,
     mask_nbytes,
-    ones_like,
     place,
     saved_nbytes,
 )
@@ -38,8 +38,8 @@ __all__ = [
     "fits",
     "forward",
     "forward_saving",
+    "gradient",
     "mask_nbytes",
-    "ones_like",
     "place",
     "saved_nbytes",
 ]
