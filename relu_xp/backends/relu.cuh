@@ -180,22 +180,19 @@ __device__ Family<T, has_t, has_a, has_b, has_c> family(T t, T a, T b, T c) {
 
 // `count` neighbours, moved as one access of count * sizeof(T) bytes.
 template <class T, int count> struct Elements {
-  struct alignas(count * sizeof(T)) Memory { unsigned int word[count * sizeof(T) / 4]; } all;
+  static constexpr int words = count * sizeof(T) / sizeof(Word<T>);
+  struct alignas(count * sizeof(T)) Memory { Word<T> word[words]; } all;
 
   __device__ void load(const T* from) { all = *reinterpret_cast<const Memory*>(from); }
   __device__ void store(T* to) const { *reinterpret_cast<Memory*>(to) = all; }
 
   __device__ Word<T> get(int k) const {
-    if constexpr (sizeof(T) == 8) return Word<T>(all.word[2 * k + 1]) << 32 | all.word[2 * k];
-    if constexpr (sizeof(T) == 4) return all.word[k];
+    if constexpr (words == count) return all.word[k];
     return k % 2 ? all.word[k / 2] : all.word[k / 2] << 16;
   }
 
   __device__ void set(int k, Word<T> word) {  // in turn: the second half-word keeps the first
-    if constexpr (sizeof(T) == 8) {
-      all.word[2 * k] = static_cast<unsigned int>(word);
-      all.word[2 * k + 1] = static_cast<unsigned int>(word >> 32);
-    } else if constexpr (sizeof(T) == 4) {
+    if constexpr (words == count) {
       all.word[k] = word;
     } else {
       all.word[k / 2] = k % 2 ? (word & 0xffff0000u) | all.word[k / 2] : word >> 16;
