@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import inspect
 import os
 import platform
 import sys
@@ -17,13 +18,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from relu_xp import __version__, dispatch, plotting, training
+from relu_xp import __version__, dispatch, layers, plotting, training
 from relu_xp.backends import threads
 
 __all__ = ["main"]
 
 # Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
 _OPTIONAL = ("ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
+
+_NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LABEL, _WIDTH = 20, 79
@@ -82,13 +85,30 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("info", _info, "show versions, backends, kernels, GPU and threads")
-    command = add("train", _train, "train a small classifier of digits")
+    command = add("plot", _plot, "draw a layer: forward, gradient and both")
     command.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="array library: numpy, cupy, torch, jax or another (default: cupy if it has a device, "
-        "else numpy)",
+        "layer",
+        nargs="?",
+        choices=layers.__all__,
+        default="ReLU",
+        metavar="LAYER",
+        help=f"{', '.join(layers.__all__)} (default: %(default)s)",
     )
+    for name in _NUMBERS:
+        option = "--" + name.replace("_", "-")
+        command.add_argument(option, type=float, metavar="X", help="as the layer takes it")
+    command.add_argument(
+        "--curves",
+        choices=(*plotting.CURVES, "all"),
+        default="all",
+        help="the textbook's three figures, or one of them (default: %(default)s)",
+    )
+    _add_backend(command)
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help=".png or .svg (default: LAYER.png, here)"
+    )
+    command = add("train", _train, "train a small classifier of digits")
+    _add_backend(command)
     command.add_argument(
         "--epochs",
         type=_whole_number(1),
@@ -109,6 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_backend(command: _Parser) -> None:
+    command.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="array library: numpy, cupy, torch, jax or another (default: cupy if it has a device, "
+        "else numpy)",
+    )
+
+
 def _whole_number(least: int) -> Callable[[str], int]:
     """Return a function that reads a whole number of at least `least` from an argument."""
 
@@ -122,6 +151,25 @@ def _whole_number(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    given = {name: getattr(arguments, name) for name in _NUMBERS}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    file = arguments.output or f"{arguments.layer}.png"
+    kind = getattr(layers, arguments.layer)
+    for name in numbers.keys() - inspect.signature(kind).parameters.keys():
+        option = name.replace("_", "-")
+        arguments.parser.error(f"argument --{option}: {arguments.layer} does not take it")
+    try:
+        layer = kind(**numbers)
+        setting = training.choose(arguments.backend)
+        curves = plotting.CURVES if arguments.curves == "all" else (arguments.curves,)
+        plotting.layer_figures(layer, file, curves, xp=setting.namespace)
+    except (TypeError, ValueError, OSError, training.MissingExtraError) as error:
+        arguments.parser.error(str(error))
+    _print_table({"layer": repr(layer), "backend": setting.backend, "figure": file})
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:

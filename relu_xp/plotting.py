@@ -6,19 +6,28 @@ the old one or whole.
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
+import math
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from relu_xp.layers import ReLU
 from relu_xp.training import MissingExtraError, Result
 
-__all__ = ["FORMATS", "check_file", "learning_curve"]
+__all__ = ["CURVES", "FORMATS", "check_file", "layer_figures", "learning_curve", "plot"]
 
 FORMATS = (".png", ".svg")
+CURVES = ("forward", "gradient", "both")
 
 _WIDTH, _HEIGHT, _DPI = 6.4, 5.0, 150  # inches, dots an inch
-_DARK, _LIGHT = "0.15", "0.85"  # greys: what tells two lines apart is the marker, never a colour
+# Greys: what tells two lines apart is the marker, or the dashes, never a colour.
+_DARK, _GREY, _LIGHT = "0.15", "0.45", "0.85"
 
 
 def check_file(file: str | os.PathLike[str]) -> None:
@@ -57,8 +66,7 @@ def learning_curve(result: Result, file: str | os.PathLike[str]) -> None:
     ValueError, OSError, MissingExtraError
         As `check_file`.
     """
-    form = _format(file)
-    matplotlib, figure_type, ticker = _matplotlib()
+    _, figure_type, ticker = _matplotlib()
     epochs = range(1, len(result.losses) + 1)
     style: dict[str, Any] = {
         "color": _DARK,
@@ -67,31 +75,210 @@ def learning_curve(result: Result, file: str | os.PathLike[str]) -> None:
         "markevery": max(1, len(epochs) // 30),
     }
 
-    # The same result gives the same file: no date in it, and no random names.
-    with matplotlib.rc_context({"svg.hashsalt": "relu-xp"}):
+    figure = figure_type(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper.set_title(
+        f"Digits classifier: {result.backend}, seed {result.seed}, "
+        f"test accuracy {result.accuracies[-1]:.1%}"
+    )
+    upper.semilogy(epochs, result.losses, marker="o", **style)
+    upper.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    upper.yaxis.set_major_formatter("{x:g}")
+    upper.yaxis.set_minor_locator(ticker.NullLocator())
+    upper.set_ylabel("training loss (nats, log scale)")
+    lower.plot(epochs, [100 * a for a in result.accuracies], marker="s", **style)
+    lower.yaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))
+    lower.set_ylabel("test accuracy (%)")
+    lower.set_xlabel("epoch")
+    lower.xaxis.set_major_locator(
+        ticker.MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
+    )
+    for axes in (upper, lower):
+        _plain(axes)
+    _save(figure, file)
+
+
+def plot(layer: ReLU, ax: Any = None, *, curves: str = "both", xp: Any = np) -> Any:
+    """Draw a layer's forward pass, its gradient, or both, as the layer itself computes them.
+
+    A dot is filled where the value is taken, and hollow where a piece ends without it.
+
+    Parameters
+    ----------
+    layer : ReLU
+        Any layer; what it has saved stays as it is.
+    ax : matplotlib.axes.Axes, optional
+        Where to draw; by default on a new figure of its own, which pyplot does not know.
+    curves : {"both", "forward", "gradient"}, optional
+    xp : module, optional
+        Array API namespace of the library that is to compute: NumPy by default.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If `curves` is another word.
+    MissingExtraError
+        If matplotlib is not installed.
+    """
+    if curves not in CURVES:
+        raise ValueError(f"curves must be one of {', '.join(CURVES)}, got {curves!r}")
+    if ax is None:
+        _, figure_type, _ = _matplotlib()
         figure = figure_type(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        upper.set_title(
-            f"Digits classifier: {result.backend}, seed {result.seed}, "
-            f"test accuracy {result.accuracies[-1]:.1%}"
+        ax = figure.subplots()
+    compute = _computing(layer, xp)
+    t, ceiling = layer.activation.threshold, _ceiling(layer)
+    styles = {
+        "forward": {"label": "f(x)", "color": _DARK, "linestyle": "-", "marker": "o"},
+        "gradient": {"label": "f'(x)", "color": _GREY, "linestyle": "--", "marker": "s"},
+    }
+    chosen = [curve for curve in styles if curves in (curve, "both")]
+    marks = [("knee", t, "center")]
+    if ceiling is not None:  # apart, however close they are
+        marks = [("knee", t, "right"), ("ceiling", ceiling, "left")]
+    for name, place, side in marks:
+        ax.axvline(place, color=_LIGHT, linewidth=2.5, zorder=0)
+        ax.annotate(
+            f"{name}: {place:g}",
+            (place, 1),
+            (0, 3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            horizontalalignment=side,
+            color=_GREY,
+            fontsize="small",
         )
-        upper.semilogy(epochs, result.losses, marker="o", **style)
-        upper.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        upper.yaxis.set_major_formatter("{x:g}")
-        upper.yaxis.set_minor_locator(ticker.NullLocator())
-        upper.set_ylabel("training loss (nats, log scale)")
-        lower.plot(epochs, [100 * a for a in result.accuracies], marker="s", **style)
-        lower.yaxis.set_major_locator(ticker.MaxNLocator(steps=[1, 2, 5, 10]))
-        lower.set_ylabel("test accuracy (%)")
-        lower.set_xlabel("epoch")
-        lower.xaxis.set_major_locator(
-            ticker.MaxNLocator(steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
-        )
-        for axes in (upper, lower):
-            axes.grid(color=_LIGHT, linewidth=0.8)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
-        memory = io.BytesIO()
+    for curve in chosen:
+        _draw(ax, compute[curve], list(_pieces(layer)), styles[curve])
+    _plain(ax)
+    ax.set_xlabel("x")
+    ax.set_ylabel(", ".join(styles[curve]["label"] for curve in chosen))
+    ax.set_title(repr(layer), pad=18)
+    if len(chosen) > 1:
+        ax.legend(loc="best", frameon=False)
+    return ax
+
+
+def layer_figures(
+    layer: ReLU, file: str | os.PathLike[str], curves: Sequence[str] = CURVES, *, xp: Any = np
+) -> None:
+    """Draw figures of a layer side by side into a file: forward, gradient and both by default.
+
+    Parameters
+    ----------
+    layer, xp
+        As for `plot`.
+    file : path
+        Ending in ``.png`` or ``.svg``; replaced if it is there.
+    curves : sequence of str, optional
+        One of `CURVES` for each figure.
+
+    Raises
+    ------
+    ValueError, OSError, MissingExtraError
+        As `check_file` and `plot`.
+    """
+    _, figure_type, _ = _matplotlib()
+    size = (_WIDTH if len(curves) == 1 else 4.2 * len(curves), _HEIGHT if len(curves) == 1 else 3.8)
+    figure = figure_type(figsize=size, dpi=_DPI, layout="constrained")
+    for axes, one in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+        plot(layer, axes, curves=one, xp=xp)
+        if len(curves) > 1:
+            axes.set_title("")
+    if len(curves) > 1:
+        figure.suptitle(repr(layer))
+    _save(figure, file)
+
+
+def _ceiling(layer: ReLU) -> float | None:
+    """Return where the ceiling is reached."""
+    numbers = layer.activation
+    return None if numbers.max_value is None else numbers.max_value / numbers.positive_slope
+
+
+def _pieces(layer: ReLU) -> Iterator[tuple[float, float]]:
+    """Yield where each piece begins and ends, with room on either side of all.
+
+    A piece that does not have its end stops a millionth short: the next number may be a subnormal,
+    which not every library keeps.
+    """
+    t, ceiling = layer.activation.threshold, _ceiling(layer)
+    places = [0.0, t] + ([] if ceiling is None else [ceiling])
+    width = max(places) - min(places) or 4.0
+    low, high, short = min(places) - 0.75 * width, max(places) + 0.75 * width, 1e-6 * width
+    yield low, t
+    if ceiling is None:
+        yield t + short, high
+    else:
+        yield t + short, ceiling - short
+        yield ceiling + short, high
+
+
+def _computing(layer: ReLU, xp: Any) -> dict[str, Callable[[list[float]], list[float]]]:
+    """Return the layer's functions on lists, by way of a library's arrays."""
+    layer = copy.copy(layer)  # with the numbers, without what was saved
+    layer.inplace = False
+
+    def forward(x: list[float]) -> list[float]:
+        y = layer.forward(xp.asarray(x, dtype=xp.float32), training=False)
+        return [float(y[k]) for k in range(len(x))]
+
+    def gradient(x: list[float]) -> list[float]:
+        array = xp.asarray(x, dtype=xp.float32)
+        layer.forward(array)
+        dx = layer.backward(xp.ones_like(array))
+        return [float(dx[k]) for k in range(len(x))]
+
+    return {"forward": forward, "gradient": gradient}
+
+
+def _draw(
+    ax: Any,
+    function: Callable[[list[float]], list[float]],
+    pieces: list[tuple[float, float]],
+    style: dict[str, Any],
+) -> None:
+    """Draw a function, and dots where one piece does not go on where the last has ended."""
+    ends = []
+    for number, (first, last) in enumerate(pieces):
+        x = [first, *np.linspace(first, last, 33).tolist()[1:-1], last]
+        y = function(x)
+        line = {key: style[key] for key in ("color", "linestyle")}
+        ax.plot(x, y, **line, linewidth=1.8, label=style["label"] if number == 0 else None)
+        ends.append(((x[0], y[0]), (x[-1], y[-1])))
+    extent = max(abs(y) for piece in ends for _, y in piece) or 1.0
+    for number, ((_, left), (right, _)) in enumerate(itertools.pairwise(ends)):
+        if math.isclose(left[1], right[1], rel_tol=0, abs_tol=1e-3 * extent):
+            continue
+        left_has_it = number == 0  # the knee is of the lower piece, the ceiling of the upper
+        for (x0, y0), filled in ((left, left_has_it), (right, not left_has_it)):
+            ax.plot(
+                [x0],
+                [y0],
+                marker=style["marker"],
+                markersize=6,
+                color=style["color"],
+                markerfacecolor=style["color"] if filled else "white",
+                zorder=3,
+            )
+
+
+def _plain(axes: Any) -> None:
+    axes.grid(color=_LIGHT, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Any, file: str | os.PathLike[str]) -> None:
+    form = _format(file)
+    matplotlib, _, _ = _matplotlib()
+    memory = io.BytesIO()
+    # The same figure gives the same file: no date in it, and no random names.
+    with matplotlib.rc_context({"svg.hashsalt": "relu-xp"}):
         figure.savefig(memory, format=form, metadata={"Date": None} if form == "svg" else None)
     _write(file, memory.getvalue())
 
