@@ -484,7 +484,7 @@ def _check_mask(
         )
     its_backend = backend_for(function, "mask", mask)
     _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
-    if mask.dtype != "uint8":
+    if mask.dtype.str != "|u1":  # a comparison with "uint8" takes longer than all the rest
         raise TypeError(f"{function}: mask has dtype {mask.dtype}; give an array of uint8")
     if mask.ndim != 1 or not mask.flags.c_contiguous:
         raise ValueError(

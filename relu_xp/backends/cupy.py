@@ -281,6 +281,8 @@ def _may_share_memory(left: cupy.ndarray, right: cupy.ndarray) -> bool:
 
 def _bounds(x: cupy.ndarray) -> tuple[int, int]:
     low = high = x.data.ptr
+    if _c_contiguous(x):
+        return low, low + x.nbytes
     if x.size:
         for length, stride in zip(x.shape, x.strides, strict=True):
             low += min(0, (length - 1) * stride)
