@@ -105,8 +105,8 @@ def check_memory(
         same = address(out) == address(x) and out.itemsize == x.itemsize
         if not same or _steps(out) != _steps(x):
             raise ValueError(
-                "overlaps an input without being the same view; give that very array or one that "
-                "shares no memory with it"
+                "overlaps an input without being the same view; "
+                "give an array that shares no memory with it"
             )
 
 
