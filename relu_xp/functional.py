@@ -6,12 +6,11 @@ What is computed is `relu_xp.activation`'s table; where, a backend's business (`
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from typing import Any, TypeVar, cast
 
-from relu_xp.activation import ONE, ZERO, Activation, Rounded, activation_of, is_integer
+from relu_xp.activation import ONE, ZERO, Activation, activation_of
 from relu_xp.backends import Backend
-from relu_xp.dispatch import backend_for, describe, how_to_move
+from relu_xp.checks import check_mask, check_out, fitting, serving
 
 __all__ = [
     "Pullback",
@@ -195,9 +194,9 @@ def relu_grad(
         As `relu`; also TypeError for an integer `x`.
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
-    backend, numbers = _serving("relu_grad", "x", x, activation, floating=True)
+    backend, numbers = serving("relu_grad", "x", x, activation, floating=True)
     if out is not None and not backend.fits(out, x, x):
-        _check_out("relu_grad", out, x, "x", (x,), backend)
+        check_out("relu_grad", out, x, "x", (x,), backend)
     gradient: ArrayT = backend.gradient(numbers, x, out)
     return gradient
 
@@ -242,10 +241,10 @@ def relu_backward(
         or shapes.
     """
     activation = activation_of(negative_slope, threshold, positive_slope, max_value)
-    backend, numbers = _serving("relu_backward", "x", x, activation, floating=True)
-    slopes = _fitting("relu_backward", dy, activation, backend.place(x), cast(Any, x).shape, "x is")
+    backend, numbers = serving("relu_backward", "x", x, activation, floating=True)
+    slopes = fitting("relu_backward", dy, activation, backend.place(x), cast(Any, x).shape, "x is")
     if out is not None and not backend.fits(out, dy, x):
-        _check_out("relu_backward", out, dy, "dy", (dy, x), backend)
+        check_out("relu_backward", out, dy, "dy", (dy, x), backend)
     dx: ArrayT = backend.backward_from_input(numbers, slopes, dy, x, out)
     return dx
 
@@ -336,12 +335,12 @@ class Pullback:
     def backward(self, function: str, dy: ArrayT, out: ArrayT | None) -> ArrayT:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
         backend = self._backend
-        slopes = _fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
+        slopes = fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
         if out is not None:
             if self._mask is not None:
-                _check_out(function, out, dy, "dy", (dy, self._mask), backend)
+                check_out(function, out, dy, "dy", (dy, self._mask), backend)
             elif not backend.fits(out, dy, dy):
-                _check_out(function, out, dy, "dy", (dy,), backend)
+                check_out(function, out, dy, "dy", (dy,), backend)
         dx: ArrayT = backend.backward(slopes, dy, self._saved, out)
         return dx
 
@@ -353,9 +352,9 @@ class Pullback:
 
 def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None) -> ArrayT:
     """Return ``f(x)``, naming `function` where something is refused."""
-    backend, numbers = _serving(function, "x", x, activation)
+    backend, numbers = serving(function, "x", x, activation)
     if out is not None and not backend.fits(out, x, x):
-        _check_out(function, out, x, "x", (x,), backend)
+        check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(numbers, x, out)
     return y
 
@@ -364,136 +363,10 @@ def forward_saving(
     function: str, activation: Activation, x: ArrayT, out: ArrayT | None, mask: Any
 ) -> tuple[ArrayT, Pullback]:
     """Return ``f(x)`` and its pullback, naming `function` where something is refused."""
-    backend, numbers = _serving(function, "x", x, activation, floating=True)
+    backend, numbers = serving(function, "x", x, activation, floating=True)
     if out is not None and not backend.fits(out, x, x):
-        _check_out(function, out, x, "x", (x,), backend)
+        check_out(function, out, x, "x", (x,), backend)
     if mask is not None:
-        _check_mask(function, mask, x, out, numbers, backend)
+        check_mask(function, mask, x, out, numbers, backend)
     y, saved = backend.forward_saving(numbers, x, out, mask)
     return y, Pullback(activation, backend, x, saved, mask)
-
-
-def _serving(
-    function: str, argument: str, array: Any, activation: Activation, floating: bool = False
-) -> tuple[Backend, Rounded]:
-    """Return an array's backend, and the numbers as its dtype holds them, if they suit it."""
-    served: tuple[Backend, Rounded]
-    try:
-        served = activation.served[type(array), array.dtype]
-    except (AttributeError, KeyError, TypeError):  # not seen before, or no array at all
-        backend = backend_for(function, argument, array)
-        served = backend, _rounded(function, argument, array, backend, activation, floating)
-        activation.served[type(array), array.dtype] = served
-    if floating and not served[1].floating:
-        raise _no_gradient(function, argument, array, served[0])
-    return served
-
-
-def _rounded(
-    function: str,
-    argument: str,
-    array: Any,
-    backend: Backend,
-    activation: Activation,
-    floating: bool,
-) -> Rounded:
-    dtype = array.dtype
-    numbers = activation.rounded.get((type(dtype), dtype))
-    if numbers is None:
-        try:
-            name = backend.dtype_name(dtype)
-            if not (floating and is_integer(name)):  # which is refused, whatever the numbers
-                return activation.round_to(dtype, name)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{function}: {argument}: {error}") from None
-        raise _no_gradient(function, argument, array, backend)
-    return numbers
-
-
-def _no_gradient(function: str, argument: str, array: Any, backend: Backend) -> TypeError:
-    return TypeError(
-        f"{function}: {argument} has dtype {backend.dtype_name(array.dtype)}, which has no "
-        "gradient; convert it to a floating dtype first"
-    )
-
-
-def _fitting(
-    function: str,
-    dy: Any,
-    activation: Activation,
-    place: tuple[str, Hashable],
-    shape: tuple[int, ...],
-    seen: str,
-) -> Rounded:
-    """Return the numbers as the dtype of `dy` holds them, if it fits what was seen before."""
-    backend, slopes = _serving(function, "dy", dy, activation, floating=True)
-    _check_fits(function, "dy", dy, backend, place, shape, seen)
-    return slopes
-
-
-def _check_fits(
-    function: str,
-    argument: str,
-    array: Any,
-    backend: Backend,
-    place: tuple[str, Hashable],
-    shape: tuple[int, ...],
-    seen: str,
-) -> None:
-    """Refuse an array of another library, device or shape than the one seen before."""
-    own_place = backend.place(array)
-    if own_place is not place and own_place != place:
-        raise (TypeError if own_place[0] != place[0] else ValueError)(
-            f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
-            f"{how_to_move(argument, own_place, place)}"
-        )
-    if array.shape != shape:
-        raise ValueError(
-            f"{function}: {argument} has shape {tuple(array.shape)}, {seen} {tuple(shape)}"
-        )
-
-
-def _check_out(
-    function: str, out: Any, like: Any, argument: str, inputs: Sequence[Any], backend: Backend
-) -> None:
-    """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
-    if out is not like:
-        place, its_backend = backend.place(like), backend_for(function, "out", out)
-        _check_fits(function, "out", out, its_backend, place, like.shape, f"{argument} is")
-        if out.dtype != like.dtype:
-            raise TypeError(
-                f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
-                "give an array of that dtype"
-            )
-    try:
-        backend.check_out(out, inputs)
-    except (TypeError, ValueError) as error:
-        subject = f"{argument}, which is to be overwritten," if out is like else "out"
-        raise type(error)(f"{function}: {subject} {error}") from None
-
-
-def _check_mask(
-    function: str, mask: Any, x: Any, out: Any, numbers: Rounded, backend: Backend
-) -> None:
-    """Refuse a `mask` that cannot keep the pieces of `x`."""
-    place, nbytes = backend.place(x), backend.mask_nbytes(numbers, x)
-    if nbytes is None:
-        raise TypeError(
-            f"{function}: mask was given, but x is {describe(place)}, whose masks the library "
-            "makes itself; leave mask= away"
-        )
-    its_backend = backend_for(function, "mask", mask)
-    _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
-    if mask.dtype.str != "|u1":  # a comparison with "uint8" takes longer than all the rest
-        raise TypeError(f"{function}: mask has dtype {mask.dtype}; give an array of uint8")
-    if mask.ndim != 1 or not mask.flags.c_contiguous:
-        raise ValueError(
-            f"{function}: mask has shape {mask.shape} and strides {mask.strides}; "
-            "give a contiguous array with one axis"
-        )
-    if mask.size < nbytes:
-        raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")
-    try:
-        backend.check_out(mask, (x,) if out is None else (x, out))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: mask {error}") from None

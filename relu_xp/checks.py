@@ -1,0 +1,142 @@
+"""What the functions refuse, and how they say so.
+
+A message names the function, the argument, what came and what to do. Everything here is asked
+before a backend is called, so that a refused call has written nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from relu_xp.activation import Activation, Rounded, is_integer
+from relu_xp.backends import Backend
+from relu_xp.dispatch import backend_for, describe, how_to_move
+
+__all__ = ["check_mask", "check_out", "fitting", "serving"]
+
+
+def serving(
+    function: str, argument: str, array: Any, activation: Activation, floating: bool = False
+) -> tuple[Backend, Rounded]:
+    """Return an array's backend, and the numbers as its dtype holds them, if they suit it."""
+    served: tuple[Backend, Rounded]
+    try:
+        served = activation.served[type(array), array.dtype]
+    except (AttributeError, KeyError, TypeError):  # not seen before, or no array at all
+        backend = backend_for(function, argument, array)
+        served = backend, _rounded(function, argument, array, backend, activation, floating)
+        activation.served[type(array), array.dtype] = served
+    if floating and not served[1].floating:
+        raise _no_gradient(function, argument, array, served[0])
+    return served
+
+
+def _rounded(
+    function: str,
+    argument: str,
+    array: Any,
+    backend: Backend,
+    activation: Activation,
+    floating: bool,
+) -> Rounded:
+    dtype = array.dtype
+    numbers = activation.rounded.get((type(dtype), dtype))
+    if numbers is None:
+        try:
+            name = backend.dtype_name(dtype)
+            if not (floating and is_integer(name)):  # which is refused, whatever the numbers
+                return activation.round_to(dtype, name)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{function}: {argument}: {error}") from None
+        raise _no_gradient(function, argument, array, backend)
+    return numbers
+
+
+def _no_gradient(function: str, argument: str, array: Any, backend: Backend) -> TypeError:
+    return TypeError(
+        f"{function}: {argument} has dtype {backend.dtype_name(array.dtype)}, which has no "
+        "gradient; convert it to a floating dtype first"
+    )
+
+
+def fitting(
+    function: str,
+    dy: Any,
+    activation: Activation,
+    place: tuple[str, Hashable],
+    shape: tuple[int, ...],
+    seen: str,
+) -> Rounded:
+    """Return the numbers as the dtype of `dy` holds them, if it fits what was seen before."""
+    backend, slopes = serving(function, "dy", dy, activation, floating=True)
+    _check_fits(function, "dy", dy, backend, place, shape, seen)
+    return slopes
+
+
+def _check_fits(
+    function: str,
+    argument: str,
+    array: Any,
+    backend: Backend,
+    place: tuple[str, Hashable],
+    shape: tuple[int, ...],
+    seen: str,
+) -> None:
+    """Refuse an array of another library, device or shape than the one seen before."""
+    own_place = backend.place(array)
+    if own_place is not place and own_place != place:
+        raise (TypeError if own_place[0] != place[0] else ValueError)(
+            f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
+            f"{how_to_move(argument, own_place, place)}"
+        )
+    if array.shape != shape:
+        raise ValueError(
+            f"{function}: {argument} has shape {tuple(array.shape)}, {seen} {tuple(shape)}"
+        )
+
+
+def check_out(
+    function: str, out: Any, like: Any, argument: str, inputs: Sequence[Any], backend: Backend
+) -> None:
+    """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
+    if out is not like:
+        place, its_backend = backend.place(like), backend_for(function, "out", out)
+        _check_fits(function, "out", out, its_backend, place, like.shape, f"{argument} is")
+        if out.dtype != like.dtype:
+            raise TypeError(
+                f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
+                "give an array of that dtype"
+            )
+    try:
+        backend.check_out(out, inputs)
+    except (TypeError, ValueError) as error:
+        subject = f"{argument}, which is to be overwritten," if out is like else "out"
+        raise type(error)(f"{function}: {subject} {error}") from None
+
+
+def check_mask(
+    function: str, mask: Any, x: Any, out: Any, numbers: Rounded, backend: Backend
+) -> None:
+    """Refuse a `mask` that cannot keep the pieces of `x`."""
+    place, nbytes = backend.place(x), backend.mask_nbytes(numbers, x)
+    if nbytes is None:
+        raise TypeError(
+            f"{function}: mask was given, but x is {describe(place)}, whose masks the library "
+            "makes itself; leave mask= away"
+        )
+    its_backend = backend_for(function, "mask", mask)
+    _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
+    if mask.dtype.str != "|u1":  # a comparison with "uint8" takes longer than all the rest
+        raise TypeError(f"{function}: mask has dtype {mask.dtype}; give an array of uint8")
+    if mask.ndim != 1 or not mask.flags.c_contiguous:
+        raise ValueError(
+            f"{function}: mask has shape {mask.shape} and strides {mask.strides}; "
+            "give a contiguous array with one axis"
+        )
+    if mask.size < nbytes:
+        raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")
+    try:
+        backend.check_out(mask, (x,) if out is None else (x, out))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: mask {error}") from None
