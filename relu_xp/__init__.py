@@ -12,25 +12,60 @@ from relu_xp.functional import (
     relu_vjp,
     thresholded_relu,
 )
-from relu_xp.layers import ClippedReLU, LeakyReLU, ReLU, Relu, ReLU6, ThresholdedReLU
+from relu_xp.layers import (
+    ClippedReLU,
+    CReLU,
+    LeakyReLU,
+    PReLU,
+    ReLU,
+    Relu,
+    ReLU6,
+    RReLU,
+    SquaredReLU,
+    ThresholdedReLU,
+)
+from relu_xp.variants import (
+    VariantPullback,
+    crelu,
+    crelu_vjp,
+    prelu,
+    prelu_vjp,
+    rrelu,
+    rrelu_vjp,
+    squared_relu,
+    squared_relu_vjp,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CReLU",
     "ClippedReLU",
     "LeakyReLU",
+    "PReLU",
     "Pullback",
+    "RReLU",
     "ReLU",
     "ReLU6",
     "Relu",
+    "SquaredReLU",
     "ThresholdedReLU",
+    "VariantPullback",
     "clipped_relu",
+    "crelu",
+    "crelu_vjp",
     "leaky_relu",
+    "prelu",
+    "prelu_vjp",
     "relu",
     "relu6",
     "relu_backward",
     "relu_grad",
     "relu_vjp",
+    "rrelu",
+    "rrelu_vjp",
+    "squared_relu",
+    "squared_relu_vjp",
     "thresholded_relu",
     "warmup",
 ]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["ONE", "ZERO", "Activation", "Rounded", "activation_of", "is_integer"]
+__all__ = ["ONE", "ZERO", "Activation", "Rounded", "activation_of", "is_integer", "real"]
 
 ZERO, ONE = 0.0, 1.0  # the defaults of parameters: these very objects tell that none was given
 
@@ -61,12 +61,12 @@ class Activation:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "negative_slope", "positive_slope"):
-            object.__setattr__(self, name, _real(name, getattr(self, name)))
+            object.__setattr__(self, name, real(name, getattr(self, name)))
         t, b = self.threshold, self.positive_slope
         if b == 0:
             raise ValueError("positive_slope must not be 0: nothing would pass above the threshold")
         if self.max_value is not None:
-            c = _real("max_value", self.max_value)
+            c = real("max_value", self.max_value)
             object.__setattr__(self, "max_value", c)
             if not (b > 0 and c > b * t):
                 raise ValueError(
@@ -121,7 +121,7 @@ def activation_of(
 _activation = functools.lru_cache(maxsize=1024, typed=True)(Activation)
 
 
-def _real(name: str, value: Any) -> float:
+def real(name: str, value: Any) -> float:
     """Return a finite real number as a float, or as an int where a float would not be exact."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}")

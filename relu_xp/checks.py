@@ -6,6 +6,7 @@ before a backend is called, so that a refused call has written nothing.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from relu_xp.activation import Activation, Rounded, is_integer
 from relu_xp.backends import Backend
 from relu_xp.dispatch import backend_for, describe, how_to_move
 
-__all__ = ["check_mask", "check_out", "fitting", "serving"]
+__all__ = ["check_mask", "check_out", "check_place", "check_shape", "fitting", "serving", "whole"]
 
 
 def serving(
@@ -70,26 +71,32 @@ def fitting(
 ) -> Rounded:
     """Return the numbers as the dtype of `dy` holds them, if it fits what was seen before."""
     backend, slopes = serving(function, "dy", dy, activation, floating=True)
-    _check_fits(function, "dy", dy, backend, place, shape, seen)
+    check_place(function, "dy", dy, backend, place, seen)
+    check_shape(function, "dy", dy, shape, seen)
     return slopes
 
 
-def _check_fits(
+def check_place(
     function: str,
     argument: str,
     array: Any,
     backend: Backend,
     place: tuple[str, Hashable],
-    shape: tuple[int, ...],
     seen: str,
 ) -> None:
-    """Refuse an array of another library, device or shape than the one seen before."""
+    """Refuse an array of another library or device than the one seen before."""
     own_place = backend.place(array)
     if own_place is not place and own_place != place:
         raise (TypeError if own_place[0] != place[0] else ValueError)(
             f"{function}: {seen} {describe(place)}, {argument} is {describe(own_place)}; "
             f"{how_to_move(argument, own_place, place)}"
         )
+
+
+def check_shape(
+    function: str, argument: str, array: Any, shape: tuple[int, ...], seen: str
+) -> None:
+    """Refuse an array of another shape than the one seen before."""
     if array.shape != shape:
         raise ValueError(
             f"{function}: {argument} has shape {tuple(array.shape)}, {seen} {tuple(shape)}"
@@ -97,12 +104,23 @@ def _check_fits(
 
 
 def check_out(
-    function: str, out: Any, like: Any, argument: str, inputs: Sequence[Any], backend: Backend
+    function: str,
+    out: Any,
+    like: Any,
+    argument: str,
+    inputs: Sequence[Any],
+    backend: Backend,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
-    """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written."""
-    if out is not like:
+    """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written.
+
+    `shape` is that of the result, where it is another than that of `like`.
+    """
+    if out is not like or shape is not None:
         place, its_backend = backend.place(like), backend_for(function, "out", out)
-        _check_fits(function, "out", out, its_backend, place, like.shape, f"{argument} is")
+        seen = f"{argument} is" if shape is None else "the result has"
+        check_place(function, "out", out, its_backend, place, f"{argument} is")
+        check_shape(function, "out", out, like.shape if shape is None else shape, seen)
         if out.dtype != like.dtype:
             raise TypeError(
                 f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
@@ -126,7 +144,7 @@ def check_mask(
             "makes itself; leave mask= away"
         )
     its_backend = backend_for(function, "mask", mask)
-    _check_fits(function, "mask", mask, its_backend, place, mask.shape, "x is")
+    check_place(function, "mask", mask, its_backend, place, "x is")
     if mask.dtype.str != "|u1":  # a comparison with "uint8" takes longer than all the rest
         raise TypeError(f"{function}: mask has dtype {mask.dtype}; give an array of uint8")
     if mask.ndim != 1 or not mask.flags.c_contiguous:
@@ -140,3 +158,14 @@ def check_mask(
         backend.check_out(mask, (x,) if out is None else (x, out))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{function}: mask {error}") from None
+
+
+def whole(name: str, value: Any) -> int:
+    """Return a whole number, refusing everything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    return number

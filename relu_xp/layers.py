@@ -1,18 +1,179 @@
-"""The layers: a shell over `relu_xp.functional` that remembers one forward pass."""
+"""The layers: a shell over the functions that remembers one forward pass."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar, TypeVar
 
-from relu_xp.activation import Activation, activation_of
-from relu_xp.functional import Pullback, forward, forward_saving
+import array_api_compat
+import numpy as np
 
-__all__ = ["ClippedReLU", "LeakyReLU", "ReLU", "ReLU6", "Relu", "ThresholdedReLU"]
+from relu_xp.activation import Activation, activation_of, real
+from relu_xp.checks import whole
+from relu_xp.functional import forward, forward_saving
+from relu_xp.variants import (
+    LOWER,
+    UPPER,
+    crelu_forward,
+    crelu_saving,
+    mean_slope,
+    prelu_forward,
+    prelu_saving,
+    rrelu_saving,
+    squared_relu_forward,
+    squared_relu_saving,
+)
+
+__all__ = [
+    "CReLU",
+    "ClippedReLU",
+    "LeakyReLU",
+    "PReLU",
+    "RReLU",
+    "ReLU",
+    "ReLU6",
+    "Relu",
+    "SquaredReLU",
+    "ThresholdedReLU",
+]
 
 ArrayT = TypeVar("ArrayT")
 
 
-class ReLU:
+class Layer:
+    """What all layers are: a forward pass, and the gradient of the latest one.
+
+    A subclass has `_evaluate`, and `_save` which returns a pullback too.
+    """
+
+    _pullback: Any = None  # of the class, so that a layer just unpickled has it too
+    _inplace = False
+    _keeps_shape = True
+
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        raise NotImplementedError
+
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        raise NotImplementedError
+
+    @property
+    def params(self) -> list[Any]:
+        """The arrays that are learned."""
+        return []
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradient of each of them, as the latest `backward` left it."""
+        return []
+
+    @property
+    def inplace(self) -> bool:
+        """Whether `forward` overwrites x and `backward` overwrites dy."""
+        return self._inplace
+
+    @inplace.setter
+    def inplace(self, inplace: bool) -> None:
+        if not isinstance(inplace, bool):
+            raise TypeError(f"inplace must be True or False, got {type(inplace).__name__}")
+        if inplace and not self._keeps_shape:
+            raise ValueError(f"{type(self).__name__} cannot work in place: y is longer than x")
+        self._inplace = inplace
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from."""
+        return 0 if self._pullback is None else int(self._pullback.saved_nbytes)
+
+    def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
+        """Apply the activation and remember what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, any shape
+            float16, bfloat16, float32 or float64.
+        training : bool, optional
+            False saves nothing, and leaves alone what an earlier call saved.
+        out : array, like the result, optional
+            Where to write the result. Not for a layer that works in place.
+
+        Returns
+        -------
+        array, dtype of `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the layer's function. What an earlier call saved is then still there.
+        """
+        if self._inplace:
+            out = self._itself("forward", x, out)
+        y: ArrayT
+        if training:
+            y, self._pullback = self._save(x, out)
+        else:
+            y = self._evaluate(x, out)
+        return y
+
+    def __call__(self, x: ArrayT, /, **options: Any) -> ArrayT:
+        """Return ``self.forward(x, **options)``."""
+        y: ArrayT = self.forward(x, **options)
+        return y
+
+    def backward(self, dy: ArrayT, /, *, out: ArrayT | None = None, retain: bool = False) -> ArrayT:
+        """Return the gradient with respect to the input of the latest `forward`.
+
+        Parameters
+        ----------
+        dy : array, shape of that output
+            Gradient with respect to the output; any floating dtype, any layout.
+        out : array, shape of that input, dtype of `dy`, optional
+            Where to write the result. Not for a layer that works in place.
+        retain : bool, optional
+            Whether to keep what is saved for another call.
+
+        Returns
+        -------
+        array, shape of that input, dtype of `dy`
+
+        Raises
+        ------
+        RuntimeError
+            If there was no `forward`, or a `backward` since then has consumed it.
+        TypeError, ValueError
+            If `dy` or `out` does not fit what `forward` saw; what is saved is then still there.
+        """
+        if self._pullback is None:
+            raise RuntimeError(
+                "backward: nothing is saved; call forward(x) first (with training=True), once for "
+                "each backward. backward(dy, retain=True) keeps it for another call; "
+                "relu_xp.relu_vjp serves a layer that is used twice in one pass"
+            )
+        if self._inplace:
+            out = self._itself("backward", dy, out)
+        dx: ArrayT = self._gradient(dy, out)
+        if not retain:
+            self._pullback = None
+        return dx
+
+    def _gradient(self, dy: Any, out: Any) -> Any:
+        return self._pullback.backward("backward", dy, out)
+
+    @staticmethod
+    def _itself(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
+        if out is not None and out is not array:
+            raise ValueError(
+                f"{function}: out was given, but a layer with inplace=True writes into its "
+                "argument; leave out= away, or make the layer without inplace"
+            )
+        return array
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_pullback", None)  # an array on a device, and of one pass only
+        return state
+
+
+class ReLU(Layer):
     """A rectified linear unit with a backward pass, for arrays of any library.
 
     The layer holds the mask of its latest `forward` (what `relu_xp.relu_vjp` keeps, mostly one bit
@@ -54,8 +215,6 @@ class ReLU:
     }
     _positional: ClassVar[str | None] = None
 
-    _pullback: Pullback | None = None  # of the class, so that a layer just unpickled has it too
-
     def __init__(
         self,
         *,
@@ -82,22 +241,6 @@ class ReLU:
     def activation(self) -> Activation:
         """The layer's four numbers."""
         return self._activation
-
-    @property
-    def inplace(self) -> bool:
-        """Whether `forward` overwrites x and `backward` overwrites dy."""
-        return self._inplace
-
-    @inplace.setter
-    def inplace(self, inplace: bool) -> None:
-        if not isinstance(inplace, bool):
-            raise TypeError(f"inplace must be True or False, got {type(inplace).__name__}")
-        self._inplace = inplace
-
-    @property
-    def saved_nbytes(self) -> int:
-        """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from."""
-        return 0 if self._pullback is None else self._pullback.saved_nbytes
 
     def forward(
         self,
@@ -137,68 +280,6 @@ class ReLU:
             return forward("forward", self._activation, x, out)
         y, self._pullback = forward_saving("forward", self._activation, x, out, mask)
         return y
-
-    def __call__(
-        self,
-        x: ArrayT,
-        /,
-        *,
-        training: bool = True,
-        out: ArrayT | None = None,
-        mask: ArrayT | None = None,
-    ) -> ArrayT:
-        """Return ``self.forward(x, training=training, out=out, mask=mask)``."""
-        return self.forward(x, training=training, out=out, mask=mask)
-
-    def backward(self, dy: ArrayT, /, *, out: ArrayT | None = None, retain: bool = False) -> ArrayT:
-        """Return the gradient with respect to the input of the latest `forward`.
-
-        Parameters
-        ----------
-        dy : array, shape of that input
-            Gradient with respect to the output; any floating dtype, any layout.
-        out : array, like `dy`, optional
-            Where to write the result. Not for a layer that works in place.
-        retain : bool, optional
-            Whether to keep the mask for another call.
-
-        Returns
-        -------
-        array, shape and dtype of `dy`
-
-        Raises
-        ------
-        RuntimeError
-            If there was no `forward`, or a `backward` since then has consumed its mask.
-        TypeError, ValueError
-            If `dy` or `out` does not fit what `forward` saw; the mask is then still there.
-        """
-        if self._pullback is None:
-            raise RuntimeError(
-                "backward: nothing is saved; call forward(x) first (with training=True), once for "
-                "each backward. backward(dy, retain=True) keeps the mask for another call; "
-                "relu_xp.relu_vjp serves a layer that is used twice in one pass"
-            )
-        if self._inplace:
-            out = self._itself("backward", dy, out)
-        dx = self._pullback.backward("backward", dy, out)
-        if not retain:
-            self._pullback = None
-        return dx
-
-    @staticmethod
-    def _itself(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
-        if out is not None and out is not array:
-            raise ValueError(
-                f"{function}: out was given, but a layer with inplace=True writes into its "
-                "argument; leave out= away, or make the layer without inplace"
-            )
-        return array
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_pullback", None)  # an array on a device, and of one pass only
-        return state
 
     def __repr__(self) -> str:
         given: list[str] = []
@@ -284,3 +365,210 @@ class ThresholdedReLU(ReLU):
         inplace: bool = False,
     ) -> None:
         self._set(negative_slope, threshold, positive_slope, max_value, inplace)
+
+
+class PReLU(Layer):
+    """`relu_xp.prelu` as a layer, whose negative slope is learned (He et al., 2015).
+
+    `params` is the list ``[weight]`` and `grads` the list of its gradient, as the layers of "Deep
+    Learning from Scratch 2" have them: an optimiser written for those updates `params` in place,
+    and finds the gradient in the array that was there before (in another one where the library's
+    arrays cannot be written).
+
+    The weight lies in one library. For another one make the layer with `xp`, or move it:
+    ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle it is a NumPy array.
+
+    Parameters
+    ----------
+    num_parameters : int, optional
+        1 for one slope, or the number of channels.
+    init : float, optional
+        The first value of every slope.
+    axis : int, optional
+        Where the channels are; the second axis by default.
+    xp : module, optional
+        Array API namespace of the weight; NumPy by default.
+    dtype : dtype of that library, optional
+        The weight's; float32 by default.
+    inplace : bool, optional
+        Whether `forward` overwrites x and `backward` overwrites dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a number is of the wrong kind, `num_parameters` below 1, or `init` not finite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> layer = PReLU()
+    >>> layer.forward(np.array([[-2.0, 4.0]]))
+    array([[-0.5,  4. ]])
+    >>> layer.backward(np.ones((1, 2)))
+    array([[0.25, 1.  ]])
+    >>> layer.grads
+    [array([-2.], dtype=float32)]
+    """
+
+    def __init__(
+        self,
+        num_parameters: int = 1,
+        init: float = 0.25,
+        axis: int = 1,
+        *,
+        xp: Any = np,
+        dtype: Any = None,
+        inplace: bool = False,
+    ) -> None:
+        self._count = whole("num_parameters", num_parameters)
+        if self._count < 1:
+            raise ValueError(f"num_parameters must be at least 1, got {num_parameters}")
+        self._init = real("init", init)
+        self._axis = whole("axis", axis)
+        self.inplace = inplace
+        dtype = xp.float32 if dtype is None else dtype
+        self._params = [xp.full((self._count,), self._init, dtype=dtype)]
+        self._grads = [xp.zeros((self._count,), dtype=dtype)]
+
+    @property
+    def params(self) -> list[Any]:
+        """``[weight]``, shape (num_parameters,)."""
+        return self._params
+
+    @property
+    def grads(self) -> list[Any]:
+        """``[gradient]``, likewise; 0 before the first `backward`."""
+        return self._grads
+
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        return prelu_forward("forward", x, self._params[0], self._axis, out, _WEIGHT)
+
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        return prelu_saving("forward", x, self._params[0], self._axis, out, _WEIGHT)
+
+    def _gradient(self, dy: Any, out: Any) -> Any:
+        dx, self._grads[0] = self._pullback.backward("backward", dy, out, self._grads[0])
+        return dx
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        for name in ("_params", "_grads"):  # a machine that loads it may have no GPU
+            state[name] = [np.asarray(array_api_compat.to_device(a, "cpu")) for a in state[name]]
+        return state
+
+    def __copy__(self) -> PReLU:
+        again = type(self).__new__(type(self))
+        again.__dict__.update(super().__getstate__())
+        return again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PReLU:
+        again = type(self).__new__(type(self))
+        again.__dict__.update(copy.deepcopy(super().__getstate__(), memo))
+        return again
+
+    def __repr__(self) -> str:
+        inplace = ", inplace=True" * self.inplace
+        return f"PReLU({self._count}, init={self._init}, axis={self._axis}{inplace})"
+
+
+_WEIGHT = "params[0]"  # in messages
+
+
+class RReLU(Layer):
+    """`relu_xp.rrelu` as a layer (Xu et al., 2015).
+
+    ``forward(x)`` draws a slope for each element, ``forward(x, training=False)`` takes the mean.
+
+    Parameters
+    ----------
+    lower, upper : float, optional
+        Bounds of the slopes.
+    rng : numpy.random.Generator, cupy.random.Generator, or function, optional
+        As for `relu_xp.rrelu`; by default NumPy's, freshly seeded.
+    inplace : bool, optional
+        Whether `forward` overwrites x and `backward` overwrites dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a bound is not a finite real number, or `lower` is above `upper`.
+    """
+
+    def __init__(
+        self,
+        lower: float = LOWER,
+        upper: float = UPPER,
+        *,
+        rng: Any = None,
+        inplace: bool = False,
+    ) -> None:
+        self._activation = mean_slope(lower, upper)
+        self._bounds = lower, upper
+        self.rng = np.random.default_rng() if rng is None else rng
+        self.inplace = inplace
+
+    @property
+    def activation(self) -> Activation:
+        """The four numbers of the layer in evaluation."""
+        return self._activation
+
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        return forward("forward", self._activation, x, out)
+
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        return rrelu_saving("forward", x, *self._bounds, self.rng, out)
+
+    def __repr__(self) -> str:
+        lower, upper = self._bounds
+        return f"RReLU({lower!r}, {upper!r}{', inplace=True' * self.inplace})"
+
+
+class CReLU(Layer):
+    """`relu_xp.crelu` as a layer (Shang et al., 2016): y is twice as long as x along an axis.
+
+    Parameters
+    ----------
+    axis : int, optional
+        Along which relu(x) and relu(-x) are concatenated; the second axis by default.
+
+    Raises
+    ------
+    TypeError
+        If it is no whole number.
+    """
+
+    _keeps_shape = False
+
+    def __init__(self, axis: int = 1) -> None:
+        self._axis = whole("axis", axis)
+
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        return crelu_forward("forward", x, self._axis, out)
+
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        return crelu_saving("forward", x, self._axis, out)
+
+    def __repr__(self) -> str:
+        return f"CReLU(axis={self._axis})"
+
+
+class SquaredReLU(Layer):
+    """`relu_xp.squared_relu` as a layer (So et al., 2021).
+
+    Parameters
+    ----------
+    inplace : bool, optional
+        Whether `forward` overwrites x and `backward` overwrites dy.
+    """
+
+    def __init__(self, *, inplace: bool = False) -> None:
+        self.inplace = inplace
+
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        return squared_relu_forward("forward", x, out)
+
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        return squared_relu_saving("forward", x, out)
+
+    def __repr__(self) -> str:
+        return f"SquaredReLU({'inplace=True' * self.inplace})"

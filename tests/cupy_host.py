@@ -301,14 +301,18 @@ class HostKernel:
             if isinstance(argument, cupy.ndarray) and not parameter.raw
         ]
         assert (size is None) == bool(plain), "size= is for kernels whose arrays are all raw"
-        shape = arguments[plain[0]].shape if plain else (size,)
-        assert all(arguments[index].shape == shape for index in plain)
+        shapes = [arguments[index].shape for index in plain]
+        shape = np.broadcast_shapes(*shapes) if plain else (size,)
         assert len({a.data.device_id for a in arguments if isinstance(a, cupy.ndarray)}) == 1
 
         views = {i: a for i, a in enumerate(arguments) if isinstance(a, cupy.ndarray)}
-        if all(arguments[index].flags.c_contiguous for index in plain) and len(shape) > 1:
-            shape = (arguments[plain[0]].size,)
-            views.update((index, arguments[index].reshape(-1)) for index in plain)
+        for index in plain:
+            if index >= kernel.nin:
+                assert views[index].shape == shape, "an output is not broadcast"
+            views[index] = cupy.broadcast_to(views[index], shape)
+        if all(views[index].flags.c_contiguous for index in plain) and len(shape) > 1:
+            shape = (views[plain[0]].size,)
+            views.update((index, views[index].reshape(-1)) for index in plain)
         layouts = [
             (views[i].ndim, views[i].flags.c_contiguous) if i in views else None
             for i in range(len(arguments))
@@ -397,9 +401,19 @@ def installed():
     def kernel(*arguments, make=backend.kernel):
         return HostKernel(make(*arguments), launches)
 
+    def variant(name, make=backend.variant):
+        return HostKernel(make(name), launches)
+
+    def total(x, axis):
+        with np.errstate(all="ignore"):
+            return array(np.sum(to_numpy(x), axis))
+
     backend._member.cache_clear()
     with (
         mock.patch.object(backend, "kernel", functools.cache(kernel)),
+        mock.patch.object(backend, "variant", functools.cache(variant)),
+        mock.patch.object(cupy, "sum", total),
+        mock.patch.object(cupy, "asarray", lambda x: array(x) if type(x) is np.ndarray else x),
         mock.patch.object(
             backend, "FORWARD_INTEGER", HostKernel(backend.FORWARD_INTEGER, launches)
         ),

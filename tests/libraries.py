@@ -128,9 +128,9 @@ class ArrayApiStrict(Library):
 
     @contextlib.contextmanager
     def running(self):
-        """Let NumPy warn of a product that overflows or meets a signalling NaN: it is inside."""
+        """Let NumPy warn of what overflows or meets a signalling NaN: it is inside."""
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "(overflow|invalid value) encountered in multiply")
+            warnings.filterwarnings("ignore", "(overflow|invalid value) encountered in")
             yield
 
     def array(self, host):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from relu_xp.activation import Rounded
 
-__all__ = ["Backend", "check_memory"]
+__all__ = ["Backend", "check_memory", "drawn", "halves"]
 
 
 class Backend(Protocol):
@@ -49,6 +49,56 @@ class Backend(Protocol):
     def gradient(self, numbers: Rounded, x: Any, out: Any) -> Any:
         """Return f'(x), that is f'(x) * dy for a dy of ones like `x`."""
 
+    # What members need that four numbers do not describe (`relu_xp.variants`); their arrays have
+    # floating dtypes. Each compares x with 0 as plain ReLU does: NaN lies above.
+
+    def sloped(self, values: Any, x: Any, slopes: Any, out: Any) -> Any:
+        """Return `values` where x is above 0, and ``slopes * values`` elsewhere.
+
+        So f(x) with x for `values`, and f'(x) * dy with dy. A slope of 0 makes exactly +0. `slopes`
+        may have axes of length 1 where x is longer, and are first rounded to the dtype of `values`.
+        `values` of None stand for ones in the dtype of `slopes`. With x of None all are multiplied,
+        but for a slope of 1, which returns the very value: `slopes` are then f'(x), as saved.
+        """
+
+    def slopes_gradient(self, dy: Any, x: Any, slopes: Any, out: Any) -> Any:
+        """Return the sum of ``x * dy`` over what is at or below 0, in shape and dtype of `slopes`.
+
+        Summed in float64 where the library has it; the same inputs give the same bits.
+        """
+
+    def squared(self, x: Any, out: Any) -> Any:
+        """Return ``x**2`` where x is above 0, +0 elsewhere."""
+
+    def backward_squared(self, dy: Any, x: Any, out: Any) -> Any:
+        """Return ``2 * x * dy`` where x is above 0, +0 elsewhere.
+
+        Multiplied in the wider of both dtypes, float32 at least, and rounded to that of `dy`.
+        """
+
+    def both(self, x: Any, axis: int, out: Any) -> Any:
+        """Return ``relu(x)`` and ``relu(-x)``, concatenated along an axis."""
+
+    def pieces_of_both(self, x: Any) -> Any:
+        """Return in uint8: 1 where x is above 0, 2 where -x is, 3 where both are (NaN), else 0."""
+
+    def backward_both(self, dy: Any, pieces: Any, axis: int, out: Any) -> Any:
+        """Return the gradient of `both`, from `pieces_of_both`.
+
+        Of the halves of `dy` along the axis: the first where 1, minus the second where 2, their
+        difference where 3, +0 where 0.
+        """
+
+    def uniform(self, rng: Any, lower: float, upper: float, x: Any) -> Any:
+        """Return numbers from `lower` to `upper`, as many as x has, drawn with `rng`.
+
+        float64 for an x of float64, else float32; of x's library and device. `rng` has NumPy's
+        ``random(size, dtype=...)``, or is a function of a shape; both draw from [0, 1).
+        """
+
+    def copy(self, x: Any) -> Any:
+        """Return x in memory that nobody else writes: x itself where arrays are immutable."""
+
     def dtype_name(self, dtype: Any) -> str:
         """Return a dtype's standard name, for example ``"float32"``; raise TypeError for none."""
 
@@ -74,6 +124,22 @@ class Backend(Protocol):
 
     def saved_nbytes(self, saved: Any) -> int:
         """Return how many bytes the saved state holds."""
+
+
+def halves(y: Any, axis: int) -> tuple[Any, Any]:
+    """Return the halves of an array along an axis (not negative), as views if there are such."""
+    middle = y.shape[axis] // 2
+    before = (slice(None),) * axis
+    return y[(*before, slice(None, middle), ...)], y[(*before, slice(middle, None), ...)]
+
+
+def drawn(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_name: str) -> Any:
+    """Return what `Backend.uniform` does, in the library that `rng` draws in."""
+    if callable(rng):
+        numbers = rng(shape)
+    else:
+        numbers = rng.random(shape, dtype="float64" if dtype_name == "float64" else "float32")
+    return numbers * (upper - lower) + lower
 
 
 def check_memory(
@@ -103,7 +169,7 @@ def check_memory(
         if out is x or not may_share_memory(out, x):
             continue
         same = address(out) == address(x) and out.itemsize == x.itemsize
-        if not same or _steps(out) != _steps(x):
+        if not same or out.shape != x.shape or _steps(out) != _steps(x):
             raise ValueError(
                 "overlaps an input without being the same view; "
                 "give an array that shares no memory with it"

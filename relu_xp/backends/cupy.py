@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 from collections.abc import Sequence
 from importlib import resources
@@ -26,26 +27,36 @@ import cupy
 import numpy as np
 
 from relu_xp.activation import Rounded
-from relu_xp.backends import check_memory
+from relu_xp.backends import check_memory, drawn, halves
 from relu_xp.mask import Mask, mask_nbytes
 
 __all__ = [
     "backward",
+    "backward_both",
     "backward_from_input",
+    "backward_squared",
+    "both",
     "check_out",
+    "copy",
     "dtype_name",
     "fits",
     "forward",
     "forward_saving",
     "gradient",
     "mask_nbytes",
+    "pieces_of_both",
     "place",
     "saved_nbytes",
+    "sloped",
+    "slopes_gradient",
+    "squared",
+    "uniform",
 ]
 
 _ALIGNMENT = 16  # bytes, of every operand of a *many*
 _WARP = 32  # threads
 _CHUNKS = 2  # of 16 bytes that a thread of a *many* moves
+_SUMS = 1 << 17  # threads that sum: enough for every processor of a large device
 
 _PREAMBLE = resources.files("relu_xp.backends").joinpath("relu.cuh").read_text("utf-8")
 
@@ -128,6 +139,54 @@ FORWARD_INTEGER = cupy.ElementwiseKernel(
     """,
     "relu_xp_forward_integer",
 )
+
+
+# The passes of what four numbers do not describe, an element a thread: inputs, outputs, operation.
+VARIANTS = {
+    "sloped": ("T v, X x, W a", "T y", "y = sloped(v, above_zero(x), rounded<T>(a))"),
+    "sloped_itself": ("T x, W a", "T y", "y = sloped(x, above_zero(x), rounded<T>(a))"),
+    "scaled": ("T v, W a", "T y", "const T f = rounded<T>(a); y = sloped(v, is_one(f), f)"),
+    "factors": ("X x, W a", "W y", "y = above_zero(x) ? W(1) : a"),
+    "squared": ("T x", "T y", "y = squared(x)"),
+    "backward_squared": ("T dy, X x", "T dx", "dx = backward_squared(dy, x)"),
+    "both": ("T x", "T y, T z", "y = rectified(x); z = rectified(opposite(x))"),
+    "pieces_of_both": ("X x", "uint8 p", "p = pieces_of_both(x)"),
+    "backward_both": ("T dy, T dz, uint8 p", "T dx", "dx = backward_both(dy, dz, p)"),
+    # Of an array seen as outer x channels x inner elements: a sum for each of rows x channels x
+    # columns threads, neighbours of which read neighbours.
+    "sums": (
+        "raw T dy, raw X x, int64 outer, int64 channels, int64 inner, int64 rows, int64 columns",
+        "float64 sum",
+        """
+        const Index column = i % columns, channel = i / columns % channels;
+        double all = 0;
+        for (Index row = i / columns / channels; row < outer; row += rows) {
+          const Index start = (row * channels + channel) * inner;
+          for (Index k = start + column; k < start + inner; k += columns) {
+            const T gradient = dy[k];
+            const X input = x[k];
+            all += below_zero(gradient, input);
+          }
+        }
+        sum = all
+        """,
+    ),
+    "rounded": ("float64 sum", "W g", "g = nearest<W>(sum)"),
+    "copy": ("T x", "T y", "y = x"),
+}
+
+
+@functools.cache
+def variant(name: str) -> cupy.ElementwiseKernel:
+    """Return the kernel of one of `VARIANTS`."""
+    inputs, outputs, operation = VARIANTS[name]
+    return cupy.ElementwiseKernel(
+        inputs,
+        outputs,
+        f"using namespace relu_xp; {operation};",
+        f"relu_xp_{name}",
+        preamble=_PREAMBLE,
+    )
 
 
 class _Member:
@@ -238,6 +297,110 @@ def gradient(numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None) -> cup
         g = _like(x, x.dtype) if out is None else out
         _member("gradient", numbers, numbers).run(_is_fortran(x), x, g)
     return g
+
+
+def sloped(
+    values: cupy.ndarray | None,
+    x: cupy.ndarray | None,
+    slopes: cupy.ndarray,
+    out: cupy.ndarray | None,
+) -> cupy.ndarray:
+    """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`."""
+    operands: tuple[Any, ...]
+    if values is None:
+        name, operands = "factors", (x,)
+    elif x is None:
+        name, operands = "scaled", (values,)
+    elif x is values:
+        name, operands = "sloped_itself", (x,)
+    else:
+        name, operands = "sloped", (values, x)
+    with _on_device_of(slopes):
+        if out is None:
+            out = _like(operands[0], slopes.dtype if values is None else values.dtype)
+        variant(name)(*operands, slopes, out)
+    return out
+
+
+def slopes_gradient(
+    dy: cupy.ndarray, x: cupy.ndarray, slopes: cupy.ndarray, out: cupy.ndarray | None
+) -> cupy.ndarray:
+    """Return the gradient by the slopes. See `relu_xp.backends.Backend`.
+
+    Sums of `_SUMS` threads, which are then added up: no atomic operation, so that the order, and
+    the last bit, is the same every time.
+    """
+    axis = next((axis for axis, length in enumerate(slopes.shape) if length > 1), 0)
+    channels = slopes.size
+    outer = math.prod(x.shape[:axis]) if channels > 1 else 1
+    inner = x.size // max(1, outer * channels)
+    columns = max(1, min(inner, _SUMS // max(1, channels)))
+    rows = max(1, min(outer, _SUMS // max(1, channels * columns)))
+    with _on_device_of(x):
+        sums = cupy.ndarray((rows, channels, columns), np.float64)
+        variant("sums")(dy, x, outer, channels, inner, rows, columns, sums)
+        total = cupy.sum(sums, axis=(0, 2)).reshape(slopes.shape)
+        gradient = cupy.ndarray(slopes.shape, slopes.dtype) if out is None else out
+        variant("rounded")(total, gradient)
+    return gradient
+
+
+def squared(x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
+    """Return relu(x)**2. See `relu_xp.backends.Backend`."""
+    with _on_device_of(x):
+        y = _like(x, x.dtype) if out is None else out
+        variant("squared")(x, y)
+    return y
+
+
+def backward_squared(dy: cupy.ndarray, x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
+    with _on_device_of(x):
+        dx = _like(dy, dy.dtype) if out is None else out
+        variant("backward_squared")(dy, x, dx)
+    return dx
+
+
+def both(x: cupy.ndarray, axis: int, out: cupy.ndarray | None) -> cupy.ndarray:
+    """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
+    with _on_device_of(x):
+        if out is None:
+            shape = [n * (1 + (i == axis)) for i, n in enumerate(x.shape)]
+            out = cupy.ndarray(shape, x.dtype)
+        variant("both")(x, *halves(out, axis))
+    return out
+
+
+def pieces_of_both(x: cupy.ndarray) -> cupy.ndarray:
+    """Return which of both is above 0. See `relu_xp.backends.Backend`."""
+    with _on_device_of(x):
+        pieces = _like(x, np.dtype(np.uint8))
+        variant("pieces_of_both")(x, pieces)
+    return pieces
+
+
+def backward_both(
+    dy: cupy.ndarray, pieces: cupy.ndarray, axis: int, out: cupy.ndarray | None
+) -> cupy.ndarray:
+    """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
+    with _on_device_of(dy):
+        dx = _like(pieces, dy.dtype) if out is None else out
+        variant("backward_both")(*halves(dy, axis), pieces, dx)
+    return dx
+
+
+def uniform(rng: Any, lower: float, upper: float, x: cupy.ndarray) -> cupy.ndarray:
+    """Return random numbers, drawn on the device if `rng` is CuPy's, else moved there."""
+    with _on_device_of(x):
+        return cupy.asarray(drawn(rng, lower, upper, x.shape, x.dtype.name))
+
+
+def copy(x: cupy.ndarray) -> cupy.ndarray:
+    """Return x in memory that nobody else writes. See `relu_xp.backends.Backend`."""
+    with _on_device_of(x):
+        y = _like(x, x.dtype)
+        variant("copy")(x, y)
+    return y
 
 
 def dtype_name(dtype: np.dtype[Any]) -> str:

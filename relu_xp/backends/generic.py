@@ -16,20 +16,29 @@ import array_api_compat
 import numpy as np
 
 from relu_xp.activation import Rounded
-from relu_xp.backends import check_memory
+from relu_xp.backends import check_memory, drawn, halves
 
 __all__ = [
     "backward",
+    "backward_both",
     "backward_from_input",
+    "backward_squared",
+    "both",
     "check_out",
+    "copy",
     "dtype_name",
     "fits",
     "forward",
     "forward_saving",
     "gradient",
     "mask_nbytes",
+    "pieces_of_both",
     "place",
     "saved_nbytes",
+    "sloped",
+    "slopes_gradient",
+    "squared",
+    "uniform",
 ]
 
 
@@ -69,6 +78,91 @@ def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
     """Return f'(x). See `relu_xp.backends.Backend`."""
     ones = array_api_compat.array_namespace(x).ones_like(x)
     return backward_from_input(numbers, numbers, ones, x, out)
+
+
+def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
+    """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`.
+
+    What a slope is multiplied by is chosen first: through a product of all, automatic
+    differentiation would let a NaN above 0 into the slope's own gradient. That is why a slope of 0
+    is multiplied too, and +0 then made by a sum.
+    """
+    xp = array_api_compat.array_namespace(slopes)
+    if values is None:
+        values = xp.ones_like(slopes if x is None else x, dtype=slopes.dtype)
+    slopes = xp.astype(slopes, values.dtype, copy=False)
+    low = values if x is None else xp.where(x <= 0, values, 0.0)
+    product = low * slopes
+    nothing = xp.where(xp.isfinite(product), product + 0.0, 0.0)
+    product = xp.where(slopes == 0, nothing, product)
+    lower = slopes != 1 if x is None else x <= 0
+    return _store(xp.where(lower, product, values), out)
+
+
+def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
+    """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(x)
+    floating = xp.__array_namespace_info__().dtypes(kind="real floating")
+    wide = floating.get("float64", xp.float32)
+    terms = xp.astype(xp.where(x <= 0, x, 0.0), wide) * xp.astype(xp.where(x <= 0, dy, 0.0), wide)
+    axes = tuple(axis for axis, length in enumerate(slopes.shape) if length == 1)
+    if axes:
+        terms = xp.sum(terms, axis=axes, keepdims=True, dtype=wide)
+    return _store(xp.astype(terms, slopes.dtype), out)
+
+
+def squared(x: Any, out: Any) -> Any:
+    """Return relu(x)**2. See `relu_xp.backends.Backend`."""
+    high = array_api_compat.array_namespace(x).where(x <= 0, 0.0, x)
+    return _store(high * high, out)
+
+
+def backward_squared(dy: Any, x: Any, out: Any) -> Any:
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(x)
+    wide = max((xp.float32, x.dtype, dy.dtype), key=lambda dtype: xp.finfo(dtype).bits)
+    high = xp.astype(x, wide)
+    dx = xp.astype((high + high) * xp.astype(dy, wide), dy.dtype)
+    return _store(xp.where(x <= 0, 0.0, dx), out)
+
+
+def both(x: Any, axis: int, out: Any) -> Any:
+    """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(x)
+    halves = xp.where(x <= 0, 0.0, x), xp.where(x >= 0, 0.0, -x)
+    return _store(xp.concat(halves, axis=axis), out)
+
+
+def pieces_of_both(x: Any) -> Any:
+    """Return which of both is above 0. See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(x)
+    return xp.astype(~(x <= 0), xp.uint8) + 2 * xp.astype(~(x >= 0), xp.uint8)
+
+
+def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
+    """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
+    xp = array_api_compat.array_namespace(dy)
+    first, second = halves(dy, axis)
+    difference = xp.where(pieces == 3, first - second, 0.0)
+    dx = xp.where(pieces == 1, first, xp.where(pieces == 2, -second, difference))
+    return _store(dx, out)
+
+
+def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
+    """Return random numbers. See `relu_xp.backends.Backend`."""
+    numbers = drawn(rng, lower, upper, tuple(x.shape), dtype_name(x.dtype))
+    if type(numbers) is type(x) or not isinstance(numbers, np.ndarray):
+        return numbers
+    device = place(x)[1]
+    xp = array_api_compat.array_namespace(x)
+    return xp.asarray(numbers) if device is None else xp.asarray(numbers, device=device)
+
+
+def copy(x: Any) -> Any:
+    """Return x in memory that nobody else writes. See `relu_xp.backends.Backend`."""
+    if not array_api_compat.is_writeable_array(x) or array_api_compat.is_dask_array(x):
+        return x
+    return array_api_compat.array_namespace(x).asarray(x, copy=True)
 
 
 def dtype_name(dtype: Any) -> str:

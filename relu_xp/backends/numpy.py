@@ -22,21 +22,30 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_xp.activation import Activation, Rounded
-from relu_xp.backends import check_memory, threads
+from relu_xp.backends import check_memory, drawn, halves, threads
 from relu_xp.mask import Mask, buffer, mask_nbytes, pack, pack_part, shaped, unpack, unpack_part
 
 __all__ = [
     "backward",
+    "backward_both",
     "backward_from_input",
+    "backward_squared",
+    "both",
     "check_out",
+    "copy",
     "dtype_name",
     "fits",
     "forward",
     "forward_saving",
     "gradient",
     "mask_nbytes",
+    "pieces_of_both",
     "place",
     "saved_nbytes",
+    "sloped",
+    "slopes_gradient",
+    "squared",
+    "uniform",
 ]
 
 _Array = npt.NDArray[Any]
@@ -210,6 +219,137 @@ def gradient(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     return backward_from_input(numbers, numbers, ones, x, out)
 
 
+def sloped(values: _Array | None, x: _Array | None, slopes: _Array, out: _Array | None) -> _Array:
+    """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`."""
+    if values is None:
+        values = np.broadcast_to(np.ones((), slopes.dtype), (slopes if x is None else x).shape)
+    y = _fresh(values) if out is None else out
+    k = _plain(values.dtype)
+    slopes = _rounded(slopes, values.dtype)
+
+    def part(inputs: _Array, ys: _Array, factors: _Array, xs: _Array | None = None) -> None:
+        bits = inputs.view(k.unsigned)
+        low = _times(k, bits, factors)
+        if not factors.all():
+            low = low * (factors != 0)
+        keep = factors == 1 if xs is None else _above(xs)
+        _select(keep, bits, low, ys.view(k.unsigned))
+
+    _each_part(part, values, y, slopes, *(() if x is None else (x,)))
+    return y
+
+
+def slopes_gradient(dy: _Array, x: _Array, slopes: _Array, out: _Array | None) -> _Array:
+    """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
+    axes = tuple(axis for axis, length in enumerate(slopes.shape) if length == 1)
+    sums: dict[int, _Array] = {}
+
+    def part(number: int, dys: _Array, xs: _Array) -> None:
+        below = np.logical_not(_above(xs))
+        with np.errstate(all="ignore"):
+            left, right = (
+                _select(below, _bits_of(v), None).view(v.dtype).astype(np.float64)
+                for v in (dys, xs)
+            )
+            sums[number] = np.multiply(left, right, left).sum(axes, keepdims=True)
+
+    total = np.zeros(slopes.shape)
+    parts = _parts(dy, x, total)
+    numbered = [(number, dys, xs) for number, (dys, xs, _) in enumerate(parts)]
+    if x.size < _THREADED:
+        for one in numbered:
+            part(*one)
+    else:
+        threads.run(part, numbered)
+    with np.errstate(all="ignore"):
+        for number, (_, _, totals) in enumerate(parts):  # in order, however the threads ran
+            totals += sums[number]
+    gradient = np.empty(slopes.shape, slopes.dtype) if out is None else out
+    with np.errstate(all="ignore"):
+        gradient[...] = total
+    return gradient
+
+
+def squared(x: _Array, out: _Array | None) -> _Array:
+    """Return relu(x)**2. See `relu_xp.backends.Backend`."""
+    y = _fresh(x) if out is None else out
+
+    def part(xs: _Array, ys: _Array) -> None:
+        high = _select(_above(xs), _bits_of(xs), None).view(xs.dtype)
+        with np.errstate(all="ignore"):
+            np.multiply(high, high, out=ys)
+
+    _each_part(part, x, y)
+    return y
+
+
+def backward_squared(dy: _Array, x: _Array, out: _Array | None) -> _Array:
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
+    dx = _fresh(dy) if out is None else out
+    wide = max(np.dtype(np.float32), x.dtype, dy.dtype, key=lambda dtype: dtype.itemsize)
+
+    def part(dys: _Array, xs: _Array, dxs: _Array) -> None:
+        with np.errstate(all="ignore"):
+            high = xs.astype(wide)
+            product = ((high + high) * dys.astype(wide, copy=False)).astype(dy.dtype)
+        _select(_above(xs), _bits_of(product), None, _bits_of(dxs))
+
+    _each_part(part, dy, x, dx)
+    return dx
+
+
+def both(x: _Array, axis: int, out: _Array | None) -> _Array:
+    """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
+    if out is None:
+        out = np.empty([n * (1 + (i == axis)) for i, n in enumerate(x.shape)], x.dtype)
+
+    def part(xs: _Array, positive: _Array, negative: _Array) -> None:
+        for bits, ys in ((_bits_of(xs), positive), (_opposite(xs), negative)):
+            _select(_above(bits.view(xs.dtype)), bits, None, _bits_of(ys))
+
+    _each_part(part, x, *halves(out, axis))
+    return out
+
+
+def pieces_of_both(x: _Array) -> _Array:
+    """Return which of both is above 0. See `relu_xp.backends.Backend`."""
+    pieces = _fresh(x, np.dtype(np.uint8))
+
+    def part(xs: _Array, ps: _Array) -> None:
+        positive, negative = _above(xs), _above(_opposite(xs).view(xs.dtype))
+        np.add(positive, 2 * negative.view(np.uint8), out=ps)
+
+    _each_part(part, x, pieces)
+    return pieces
+
+
+def backward_both(dy: _Array, pieces: _Array, axis: int, out: _Array | None) -> _Array:
+    """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
+    dx = _fresh(pieces, dy.dtype) if out is None else out
+
+    def part(ps: _Array, first: _Array, second: _Array, dxs: _Array) -> None:
+        chosen = _select(ps == 1, _bits_of(first), None)
+        chosen |= _select(ps == 2, _opposite(second), None)
+        nan = ps == 3
+        if nan.any():
+            with np.errstate(all="ignore"):
+                chosen |= _select(nan, _bits_of(first - second), None)
+        _bits_of(dxs)[...] = chosen
+
+    _each_part(part, pieces, *halves(dy, axis), dx)
+    return dx
+
+
+def uniform(rng: Any, lower: float, upper: float, x: _Array) -> Any:
+    """Return random numbers. See `relu_xp.backends.Backend`."""
+    return drawn(rng, lower, upper, x.shape, x.dtype.name)
+
+
+def copy(x: _Array) -> _Array:
+    """Return x in memory that nobody else writes. See `relu_xp.backends.Backend`."""
+    return x.copy("K")
+
+
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """Return the dtype's name; refuse a foreign byte order."""
     if not dtype.isnative:
@@ -282,6 +422,31 @@ def _each_block(function: Callable[..., object], fortran: bool, *arrays: _Array)
         threads.run(function, parts)
 
 
+def _each_part(function: Callable[..., object], *arrays: _Array) -> None:
+    """Call a function with matching parts of the arrays, cut along their first axis.
+
+    For arrays of which some are broadcast, or views of a larger one: they cannot be made flat. The
+    first is of full shape; one of length 1 along the axis goes whole into every part.
+    """
+    parts = _parts(*arrays)
+    if arrays[0].size < _THREADED:
+        for part in parts:
+            function(*part)
+    else:
+        threads.run(function, parts)
+
+
+def _parts(*arrays: _Array) -> list[tuple[_Array, ...]]:
+    if not arrays[0].ndim:  # ufuncs make scalars of 0-d arrays
+        return [tuple(array.reshape(1) for array in arrays)]
+    rows, size = len(arrays[0]), arrays[0].size
+    step = max(1, rows * _BLOCK // max(1, size))
+    return [
+        tuple(a[i : i + step] if len(a) == rows else a for a in arrays)
+        for i in range(0, rows, step)
+    ]
+
+
 def _flat(array: _Array) -> _Array | None:
     """Return an array as 1-D without a copy: a contiguous one, or one element broadcast."""
     if array.flags.c_contiguous:
@@ -303,6 +468,34 @@ def _upper(k: _Constants, bits: _Array) -> _Array:
     upper = np.greater(bits.view(k.signed), k.minus_infinity)
     joined: _Array = k.join_upper(upper, k.beyond(bits, k.threshold), upper)
     return joined
+
+
+@functools.cache
+def _plain(dtype: np.dtype[Any]) -> _Constants:
+    """Return plain ReLU's numbers."""
+    return _Constants(Rounded(Activation(), dtype.name), dtype)
+
+
+def _above(x: _Array) -> _Array:
+    """Tell where ``x <= 0`` is false, NaN included."""
+    return _upper(_plain(x.dtype), _bits_of(x))
+
+
+def _bits_of(x: _Array) -> _Array:
+    return x.view(_plain(x.dtype).unsigned)
+
+
+def _opposite(x: _Array) -> _Array:
+    """Return the bits of -x."""
+    k = _plain(x.dtype)
+    opposite: _Array = _bits_of(x) ^ (k.infinity ^ k.minus_infinity.view(k.unsigned))
+    return opposite
+
+
+def _rounded(x: _Array, dtype: np.dtype[Any]) -> _Array:
+    """Return an array in a dtype, silently: it may be beyond its range."""
+    with np.errstate(all="ignore"):
+        return x.astype(dtype, copy=False)
 
 
 def _below_ceiling(k: _Constants, bits: _Array) -> _Array:

@@ -176,6 +176,100 @@ __device__ Family<T, has_t, has_a, has_b, has_c> family(T t, T a, T b, T c) {
   return {t, a, b, c};
 }
 
+// ---- Beyond four numbers ----------------------------------------------------------------------
+//
+// One element of the members that four numbers do not describe: relu_xp.variants.
+
+// Conversions that -ftz leaves alone, rounded once.
+__device__ inline double widened(double x) { return x; }
+__device__ inline double widened(float x) {
+#ifdef __CUDA_ARCH__
+  double result;
+  asm volatile("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(x));
+  return result;
+#else
+  return x;
+#endif
+}
+template <class T> __device__ double widened(T x) { return widened(float(x)); }
+
+template <class T> __device__ T nearest(double x) {
+  if constexpr (sizeof(T) == 8) return x;
+  float result;
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("cvt.rn.f32.f64 %0, %1;" : "=f"(result) : "d"(x));
+    return result;
+  }
+  asm volatile("cvt.rz.f32.f64 %0, %1;" : "=f"(result) : "d"(x));
+#else
+  result = static_cast<float>(x);
+  if constexpr (sizeof(T) == 4) return result;
+  if (fabs(widened(result)) > fabs(x)) result = nextafterf(result, 0.0f);
+#endif
+  // Towards zero, and then to an odd number: so the next rounding is as if it were the only one.
+  const unsigned int inexact = widened(result) != x;
+  return T(bit_cast<float>(bit_cast<unsigned int>(result) | inexact));
+}
+
+template <class T, class W> __device__ T rounded(W x) {
+  if constexpr (cupy::type_traits::is_same<T, W>::value) return x;
+  return nearest<T>(widened(x));
+}
+
+template <class X> __device__ bool above_zero(X x) {
+  return family<X, false, false, false, false>(X(), X(), X(), X()).above(word_of(x));
+}
+
+template <class T> __device__ bool is_one(T x) {
+  return word_of(x) == Format<T>::one;
+}
+
+template <class X> __device__ X opposite(X x) {
+  return number_of<X>(word_of(x) ^ Format<X>::sign);
+}
+
+// The value itself, or slope * value, of which a slope of 0 makes +0.
+template <class T> __device__ T sloped(T value, bool above, T slope) {
+  const Word<T> factor = word_of(slope), result = product<T>(factor, word_of(value));
+  return number_of<T>(above ? word_of(value) : factor << 1 ? result : 0);
+}
+
+template <class T> __device__ T squared(T x) {
+  const Word<T> result = product<T>(word_of(x), word_of(x));
+  return number_of<T>(above_zero(x) ? result : 0);
+}
+
+template <class T, class X> __device__ T backward_squared(T dy, X x) {
+  T result;
+  if constexpr (sizeof(T) == 8 || sizeof(X) == 8) {
+    result = nearest<T>(multiply(multiply(2.0, widened(x)), widened(dy)));
+  } else {
+    result = T(multiply(multiply(2.0f, float(x)), float(dy)));
+  }
+  return number_of<T>(above_zero(x) ? word_of(result) : 0);
+}
+
+template <class T> __device__ T rectified(T x) {
+  return number_of<T>(above_zero(x) ? word_of(x) : 0);
+}
+
+template <class X> __device__ int pieces_of_both(X x) {
+  return above_zero(x) + 2 * above_zero(opposite(x));
+}
+
+template <class T> __device__ T backward_both(T first, T second, int pieces) {
+  const T difference = nearest<T>(widened(first) - widened(second));
+  const Word<T> one = pieces & 1 ? word_of(first) : word_of(opposite(second));
+  return number_of<T>(pieces == 0 ? 0 : pieces == 3 ? word_of(difference) : one);
+}
+
+// x * dy where x is at or below 0, else 0; exact, of all but float64.
+template <class T, class X> __device__ double below_zero(T dy, X x) {
+  const double result = multiply(widened(x), widened(dy));
+  return above_zero(x) ? 0.0 : result;
+}
+
 // ---- Elements in memory -----------------------------------------------------------------------
 
 // `count` neighbours, moved as one access of count * sizeof(T) bytes.

@@ -21,27 +21,45 @@ from relu_xp.backends.llvm import kernels, runtime
 from relu_xp.backends.llvm.crew import THREADED
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.backends.numpy import (
+    backward_both,
+    backward_squared,
+    both,
     check_out,
+    copy,
     dtype_name,
     gradient,
     mask_nbytes,
+    pieces_of_both,
     place,
     saved_nbytes,
+    sloped,
+    slopes_gradient,
+    squared,
+    uniform,
 )
 from relu_xp.mask import Mask, buffer
 
 __all__ = [
     "backward",
+    "backward_both",
     "backward_from_input",
+    "backward_squared",
+    "both",
     "check_out",
+    "copy",
     "dtype_name",
     "fits",
     "forward",
     "forward_saving",
     "gradient",
     "mask_nbytes",
+    "pieces_of_both",
     "place",
     "saved_nbytes",
+    "sloped",
+    "slopes_gradient",
+    "squared",
+    "uniform",
 ]
 
 _Array = npt.NDArray[Any]

@@ -1,0 +1,702 @@
+"""PReLU, RReLU, CReLU, SquaredReLU: the truth table where it speaks of them, and what is theirs."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import oracle
+import pytest
+from test_truth_table import array_of, check, is_nan
+
+import relu_xp
+from relu_xp import CReLU, PReLU, RReLU, SquaredReLU
+
+# Members of the oracle's that a negative slope alone describes.
+SLOPES = {name: oracle.MEMBERS[name] for name in ("relu", "leaky", "steep", "tiny-slope")}
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")
+
+
+def weight_of(xp, slope, dtype="float64"):
+    """Return a slope as an array."""
+    return xp.array(np.full(1, slope, oracle.DTYPES[dtype]))
+
+
+def floats(xp, x):
+    return xp.numpy(x).astype(np.float64)
+
+
+# ---- PReLU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("member", SLOPES)
+def test_prelu_obeys_the_table(xp, dtype, member):
+    """As the leaky ReLU of its slope, a slope of 0 and its rounding included."""
+    patterns = oracle.patterns(dtype)
+    x = array_of(xp, patterns, dtype)
+    weight = weight_of(xp, SLOPES[member].get("negative_slope", 0.0))
+    check(xp, relu_xp.prelu(x, weight, axis=0), oracle.forward(dtype, member), dtype, patterns)
+    y, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
+    check(xp, y, oracle.forward(dtype, member), dtype, patterns)
+    for other in xp.dtypes:
+        gradients = oracle.gradients(other, patterns.size)
+        dx, _ = pullback(array_of(xp, gradients, other))
+        check(xp, dx, oracle.backward(dtype, other, member), other, gradients, patterns)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((6,), 0), ((4, 6), 1), ((6, 4), 0), ((4, 6), -1), ((3, 6, 5), 1), ((2, 3, 4, 6), 3)],
+)
+def test_prelu_has_a_slope_for_each_channel(xp, shape, axis):
+    rng = np.random.default_rng(3)
+    slopes = np.array([0.0, 0.25, -1.5, 1.0, 3e-3, 0.5], np.float32)
+    host, gradient = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
+    y, pullback = relu_xp.prelu_vjp(xp.array(host), xp.array(slopes), axis=axis)
+    dx, dweight = pullback(xp.array(gradient))
+    assert tuple(dweight.shape) == (6,)
+    for channel, slope in enumerate(slopes.tolist()):
+        part = [slice(None)] * len(shape)
+        part[axis] = channel
+        part = (*part, ...)
+        np.testing.assert_array_equal(
+            xp.numpy(y)[part], relu_xp.leaky_relu(host[part], slope), err_msg=str(slope)
+        )
+        np.testing.assert_array_equal(
+            xp.numpy(dx)[part],
+            relu_xp.relu_backward(gradient[part], host[part], negative_slope=slope),
+        )
+        pairs = zip(host[part].flat, gradient[part].flat, strict=True)
+        exact = sum(
+            (Fraction(float(v)) * Fraction(float(g)) for v, g in pairs if v <= 0), Fraction()
+        )
+        np.testing.assert_allclose(xp.numpy(dweight)[channel], float(exact), rtol=1e-6)
+
+
+def test_prelus_weight_gradient_is_summed_in_more_than_16_bits(xp):
+    """70,000 times -1 * 1 is beyond float16, and counting in it ends at 2,048."""
+    for dtype in xp.dtypes:
+        x = array_of(xp, np.full(70_000, -1, oracle.DTYPES[dtype]), dtype)
+        for weight in (weight_of(xp, 0.5, "float32"), weight_of(xp, 0.5, dtype)):
+            _, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
+            _, dweight = pullback(x)
+            wide = xp.numpy(weight).dtype
+            with np.errstate(over="ignore"):
+                expected = np.array(70_000.0).astype(wide)
+            assert xp.numpy(dweight).dtype == wide
+            assert xp.numpy(dweight)[0] == expected
+
+
+def test_nothing_from_above_zero_reaches_prelus_weight(xp, dtype):
+    x = np.array([[np.nan, np.inf, 3.0, -2.0, -0.0, 1.0]], oracle.DTYPES[dtype])
+    dy = np.array([[np.nan, np.nan, np.inf, 0.5, 7.0, -np.inf]], oracle.DTYPES[dtype])
+    _, pullback = relu_xp.prelu_vjp(xp.array(x), weight_of(xp, 0.25))
+    dx, dweight = pullback(xp.array(dy))
+    assert floats(xp, dweight).tolist() == [-1.0]
+    np.testing.assert_array_equal(floats(xp, dx), [[np.nan, np.nan, np.inf, 0.125, 1.75, -np.inf]])
+
+
+@pytest.mark.parametrize("channels", [1, 7])
+def test_prelus_weight_gradient_is_the_same_every_time(xp, channels):
+    """Whatever the threads do: the order of the sum is the array's."""
+    rng = np.random.default_rng(4)
+    host = rng.standard_normal((300_007, 7)).astype(np.float32)
+    gradient = rng.standard_normal(host.shape).astype(np.float32)
+    weight = xp.array(np.linspace(0.1, 0.7, channels, dtype=np.float32))
+    _, pullback = relu_xp.prelu_vjp(xp.array(host), weight)
+    results = [xp.numpy(pullback(xp.array(gradient))[1]).tobytes() for _ in range(3)]
+    assert len(set(results)) == 1
+    products = np.where(host <= 0, host.astype(np.float64) * gradient, 0)
+    exact = products.sum() if channels == 1 else products.sum(0)
+    found = np.frombuffer(results[0], np.float32)
+    np.testing.assert_allclose(found, exact, rtol=1e-3 if xp.name == "jax" else 1e-6)
+
+
+def test_prelu_of_any_shape(xp):
+    for shape in ((), (1,), (0,), (3, 0, 2), (2, 3)):
+        x = xp.array(np.full(shape, -2.0, np.float32))
+        for weight_shape in ((), (1,)):
+            weight = xp.array(np.full(weight_shape, 0.5, np.float32))
+            y, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
+            dx, dweight = pullback(x)
+            assert y.shape == dx.shape == x.shape
+            assert tuple(dweight.shape) == weight_shape
+            assert (xp.numpy(y) == -1).all()
+            assert (xp.numpy(dx) == -1).all()
+            assert float(xp.numpy(dweight).sum()) == 4 * math.prod(shape)
+
+
+@pytest.mark.libraries("strided")
+def test_prelu_of_any_layout(xp):
+    rng = np.random.default_rng(5)
+    base = rng.standard_normal((8, 12, 10)).astype(np.float32)
+    slopes = rng.standard_normal(24).astype(np.float32)[::4]
+    views = (
+        lambda a: a[::2, ::2, ::-1],
+        lambda a: a[:4, :6].transpose(0, 1, 2),
+        lambda a: np.asfortranarray(a)[1:5, 6:],
+        lambda a: a.transpose(2, 0, 1)[:4, 1:7, :10],
+    )
+    for view in views:
+        host = view(base)
+        gradient = np.broadcast_to(np.float32(2), host.shape)
+        wanted_y, wanted = relu_xp.prelu_vjp(host.copy(), slopes.copy())
+        y, pullback = relu_xp.prelu_vjp(xp.array(host), xp.array(slopes))
+        dx, dweight = pullback(xp.array(gradient))
+        wanted_dx, wanted_dweight = wanted(gradient.copy())
+        np.testing.assert_array_equal(xp.numpy(y), wanted_y)
+        np.testing.assert_array_equal(xp.numpy(dx), wanted_dx)
+        np.testing.assert_allclose(xp.numpy(dweight), wanted_dweight, rtol=1e-6)
+
+
+def test_prelu_refuses():
+    x, weight = np.ones((2, 3), np.float32), np.ones(3, np.float32)
+    for bad, error, message in (
+        ([0.5], TypeError, r"prelu: weight must be an array, got list; .*numpy\.asarray\(weight\)"),
+        (0.5, TypeError, r"prelu: weight must be an array, got float"),
+        (np.ones(3, int), TypeError, "prelu: weight has dtype int64, which has no gradient"),
+        (np.ones((1, 3)), ValueError, r"prelu: weight has shape \(1, 3\); give one slope, or"),
+        (np.ones(2), ValueError, r"weight has 2 slopes, but x has 3 channels along axis 1 \(shape"),
+    ):
+        with pytest.raises(error, match=message):
+            relu_xp.prelu(x, bad)
+    with pytest.raises(ValueError, match=r"prelu: x has shape \(2, 3\), and no axis 2"):
+        relu_xp.prelu(x, weight, axis=2)
+    with pytest.raises(TypeError, match="prelu_vjp: axis must be a whole number, got float"):
+        relu_xp.prelu_vjp(x, weight, axis=1.0)
+    with pytest.raises(TypeError, match="prelu: x has dtype int64, which has no gradient"):
+        relu_xp.prelu(np.ones((2, 3), int), weight)
+    with pytest.raises(ValueError, match="prelu: out overlaps an input"):
+        relu_xp.prelu(x[:, ::-1], weight, out=x)
+    _, pullback = relu_xp.prelu_vjp(x, weight)
+    with pytest.raises(ValueError, match=r"pullback: dy has shape \(3,\), forward saw \(2, 3\)"):
+        pullback(np.ones(3))
+    with pytest.raises(TypeError, match="pullback: out has dtype float64, the result float32"):
+        pullback(x, out=np.ones((2, 3)))
+
+
+def test_a_weight_of_another_library_is_refused(require):
+    torch = require("torch")
+    with pytest.raises(TypeError, match="prelu: x is NumPy, weight is PyTorch on device cpu; move"):
+        relu_xp.prelu(np.ones((1, 1)), torch.ones(1))
+    with pytest.raises(
+        TypeError, match=r"forward: x is PyTorch .*params\[0\] is NumPy; move it fi"
+    ):
+        PReLU().forward(torch.ones((1, 1)))
+
+
+# ---- RReLU --------------------------------------------------------------------------------------
+
+
+def test_rrelu_in_evaluation_is_leaky_with_the_mean(xp, dtype):
+    patterns = oracle.patterns(dtype)
+    x = array_of(xp, patterns, dtype)
+    mean = 0.25 + (0.75 - 0.25) / 2
+    same = np.testing.assert_array_equal
+    wanted = relu_xp.leaky_relu(x, mean)
+    same(bits(xp, relu_xp.rrelu(x, 0.25, 0.75)), bits(xp, wanted))
+    y, pullback = relu_xp.rrelu_vjp(x, 0.25, 0.75)
+    same(bits(xp, y), bits(xp, wanted))
+    same(bits(xp, pullback(x)), bits(xp, relu_xp.relu_backward(x, x, negative_slope=mean)))
+    assert isinstance(pullback, relu_xp.Pullback)
+
+
+def bits(xp, x):
+    host = np.ascontiguousarray(xp.numpy(x))
+    return host.view(oracle.Format(host.dtype.name).unsigned)
+
+
+def test_rrelu_in_training_has_a_slope_for_each_element(xp, dtype):
+    """The slopes that the generator gives, in its order; what is above 0 stays what it is."""
+    host = np.linspace(-4, 4, 999).astype(oracle.DTYPES[dtype]).reshape(27, 37)
+    wide = "float64" if dtype == "float64" else "float32"
+    slopes = np.random.default_rng(7).random(host.shape, dtype=wide) * 0.5 + 0.25
+    x, rng = xp.array(host), np.random.default_rng(7)
+    y, pullback = relu_xp.rrelu_vjp(x, 0.25, 0.75, rng=rng)
+    dx = pullback(xp.array(-host))
+    again = relu_xp.rrelu(x, 0.25, 0.75, rng=np.random.default_rng(7))
+    rounded = slopes.astype(oracle.DTYPES[dtype])
+    expected = np.where(host <= 0, rounded * host, host)
+    np.testing.assert_array_equal(xp.numpy(y), expected)
+    np.testing.assert_array_equal(xp.numpy(again), expected)
+    np.testing.assert_array_equal(xp.numpy(dx), -expected)
+    other = relu_xp.rrelu(x, 0.25, 0.75, rng=rng)
+    assert (xp.numpy(other) != expected).any()
+
+
+def test_rrelu_with_equal_bounds_is_leaky(xp, dtype):
+    """A slope of 0 is exactly +0 here too, for the gradient as well."""
+    patterns = oracle.patterns(dtype)
+    x = array_of(xp, patterns, dtype)
+    for member in ("relu", "leaky"):
+        slope = SLOPES[member].get("negative_slope", 0.0)
+        y, pullback = relu_xp.rrelu_vjp(x, slope, slope, rng=np.random.default_rng(0))
+        check(xp, y, oracle.forward(dtype, member), dtype, patterns)
+        gradients = oracle.gradients(dtype, patterns.size)
+        dx = pullback(array_of(xp, gradients, dtype))
+        check(xp, dx, oracle.backward(dtype, dtype, member), dtype, gradients, patterns)
+
+
+def test_rrelu_takes_a_function_of_a_shape(require):
+    jax = require("jax")
+    x = jax.numpy.full((3, 4), -1.0, "float32")
+    key = jax.random.key(1)
+
+    def rng(shape):
+        return jax.random.uniform(key, shape, "float32")
+
+    y = relu_xp.rrelu(x, 1.0, 2.0, rng=rng)
+    np.testing.assert_array_equal(y, -(rng((3, 4)) + 1))
+    np.testing.assert_array_equal(jax.jit(lambda x: relu_xp.rrelu(x, 1.0, 2.0, rng=rng))(x), y)
+
+
+def test_rrelu_refuses():
+    x = np.ones(3)
+    with pytest.raises(ValueError, match="lower must not be above upper, got lower=0.5, upper=0.2"):
+        relu_xp.rrelu(x, 0.5, 0.2)
+    with pytest.raises(TypeError, match="^upper must be a real number, got str"):
+        relu_xp.rrelu(x, 0.5, "1")
+    with pytest.raises(ValueError, match="^lower must be finite, got nan"):
+        RReLU(math.nan)
+    for bad in (3, "seed", object()):
+        with pytest.raises(TypeError, match="^rrelu: rng must draw arrays of random numbers, as"):
+            relu_xp.rrelu(x, rng=bad)
+    with pytest.raises(ValueError, match=r"what rng drew has shape \(2,\), x has \(3,\)"):
+        relu_xp.rrelu(x, rng=lambda shape: np.ones(2))
+    with pytest.raises(TypeError, match="rrelu_vjp: x has dtype int64, which has no gradient"):
+        relu_xp.rrelu_vjp(np.ones(3, int), rng=np.random.default_rng())
+
+
+# ---- CReLU --------------------------------------------------------------------------------------
+
+
+def negated(form, patterns):
+    return patterns ^ form.unsigned.type(form.sign)
+
+
+def test_crelu_obeys_the_table(xp, dtype):
+    form, patterns = oracle.Format(dtype), oracle.patterns(dtype)
+    x = array_of(xp, patterns, dtype)
+    numbers = oracle.members(dtype)["relu"]
+    opposite = negated(form, patterns)
+    halves = [list(map(numbers.forward, half.tolist())) for half in (patterns, opposite)]
+    y, pullback = relu_xp.crelu_vjp(x, axis=0)
+    twice = np.concatenate([patterns, patterns])
+    for result in (relu_xp.crelu(x, axis=0), y):
+        check(xp, result, oracle.Expected(form, [*halves[0], *halves[1]]), dtype, twice)
+    for other in xp.dtypes:
+        dy = oracle.gradients(other, 2 * patterns.size)
+        first, second = dy[: patterns.size], dy[patterns.size :]
+        minus = negated(oracle.Format(other), second)
+        above = [numbers.piece(bits) for bits in patterns.tolist()]
+        below = [numbers.piece(bits) for bits in opposite.tolist()]
+        expected = []
+        minus = [
+            oracle.ANY_NAN if nan and not xp.strided else bits  # of a library's own negation
+            for bits, nan in zip(minus.tolist(), is_nan(oracle.Format(other), minus), strict=True)
+        ]
+        for up, down, a, b in zip(above, below, first.tolist(), minus, strict=True):
+            expected.append((oracle.ANY_NAN if down else a) if up else b if down else 0)
+        dx = pullback(array_of(xp, dy, other))
+        wanted = oracle.Expected(oracle.Format(other), expected)
+        nan = is_nan(form, patterns)  # there it is a difference, and that is tested below
+        got = bits(xp, dx)
+        skipped = np.where(nan, wanted.bits, got)
+        check(xp, array_of(xp, skipped, other), wanted, other, first, second, patterns)
+
+
+def test_crelus_gradient_at_nan_is_the_difference(xp, dtype):
+    x = xp.array(np.array([np.nan, -np.nan, 2, -2, 0, -0.0], oracle.DTYPES[dtype]))
+    _, pullback = relu_xp.crelu_vjp(x, axis=0)
+    dy = np.array([5, -1, 5, 5, np.nan, 5, 1.5, 3, 1.5, 1.5, 1, np.inf], oracle.DTYPES[dtype])
+    dx = floats(xp, pullback(xp.array(dy)))
+    np.testing.assert_array_equal(dx, [3.5, -4, 5, -1.5, 0, 0])
+    assert not np.signbit(dx[4:]).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((4, 3), 1), ((4, 3), 0), ((2, 3, 4), -1), ((0, 2), 1)]
+)
+def test_crelu_concatenates_along_an_axis(xp, shape, axis):
+    host = np.random.default_rng(8).standard_normal(shape).astype(np.float32)
+    y, pullback = relu_xp.crelu_vjp(xp.array(host), axis=axis)
+    expected = np.concatenate([np.maximum(host, 0), np.maximum(-host, 0)], axis)
+    np.testing.assert_array_equal(xp.numpy(y), expected)
+    dx = pullback(xp.array(expected))
+    np.testing.assert_array_equal(xp.numpy(dx), host)
+    assert pullback.saved_nbytes == host.size
+
+
+def test_crelu_refuses():
+    x = np.ones((2, 3))
+    for bad in (np.ones(()), np.ones(3)):
+        with pytest.raises(ValueError, match="crelu: x has shape .*, and no axis 1"):
+            relu_xp.crelu(bad)
+    with pytest.raises(ValueError, match=r"crelu: out has shape \(2, 3\), the result has \(2, 6\)"):
+        relu_xp.crelu(x, out=x)
+    both = np.ones((2, 6))
+    with pytest.raises(ValueError, match="crelu: out overlaps an input"):
+        relu_xp.crelu(both[:, :3], out=both)
+    with pytest.raises(ValueError, match="CReLU cannot work in place: y is longer than x"):
+        CReLU().inplace = True
+    _, pullback = relu_xp.crelu_vjp(x)
+    with pytest.raises(ValueError, match=r"pullback: dy has shape \(2, 3\), forward saw \(2, 6\)"):
+        pullback(x)
+    with pytest.raises(
+        ValueError, match=r"pullback: out has shape \(2, 6\), the result has \(2, 3"
+    ):
+        pullback(both, out=both)
+
+
+# ---- SquaredReLU --------------------------------------------------------------------------------
+
+
+def test_squared_relu_obeys_the_table(xp, dtype):
+    form, patterns = oracle.Format(dtype), oracle.patterns(dtype)
+    numbers = oracle.members(dtype)["relu"]
+    x = array_of(xp, patterns, dtype)
+    expected = [
+        form.product(bits, bits) if numbers.piece(bits) else 0 for bits in patterns.tolist()
+    ]
+    y, pullback = relu_xp.squared_relu_vjp(x)
+    for result in (relu_xp.squared_relu(x), y):
+        check(xp, result, oracle.Expected(form, expected), dtype, patterns)
+    dy = oracle.gradients(dtype, patterns.size)
+    expected = [
+        twice_product(form, left, right) if numbers.piece(left) else 0
+        for left, right in zip(patterns.tolist(), dy.tolist(), strict=True)
+    ]
+    check(
+        xp, pullback(array_of(xp, dy, dtype)), oracle.Expected(form, expected), dtype, dy, patterns
+    )
+
+
+def twice_product(form, left, right):
+    """Return the bits of 2*x*dy, rounded once; but 2*x may overflow, where float32 would too."""
+    value, other = form.value(left), form.value(right)
+    special = None in (value, other) or form.infinity in (left, right & (form.sign - 1))
+    if not special and form.dtype == np.float16:
+        return form.encode((left ^ right) & form.sign, 2 * abs(value * other), form.unit_shift)
+    if value is not None and left != form.infinity:
+        left = form.encode(left & form.sign, 2 * abs(value), 0)
+    return form.product(left, right)
+
+
+def test_squared_relu_with_another_dtype(xp):
+    """Gradients are multiplied in the wider dtype, and rounded to their own."""
+    narrow, wide = (oracle.DTYPES[dtype] for dtype in (xp.dtypes[0], xp.dtypes[-1]))
+    x, dy = np.array([300.0, -1, 2], wide), np.array([200.0, 3, 4], narrow)
+    _, pullback = relu_xp.squared_relu_vjp(xp.array(x))
+    dx = xp.numpy(pullback(xp.array(dy)))
+    assert dx.dtype == narrow
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(dx, np.array([120_000, 0, 16]).astype(narrow))
+    _, pullback = relu_xp.squared_relu_vjp(xp.array(x.astype(narrow)))
+    np.testing.assert_array_equal(xp.numpy(pullback(xp.array(dy.astype(wide)))), [120_000, 0, 16])
+
+
+# ---- All of them --------------------------------------------------------------------------------
+
+VARIANTS = {
+    "prelu": lambda xp, x, **options: relu_xp.prelu_vjp(
+        x, xp.array(np.array([0.25], np.float32)), **options
+    ),
+    "rrelu": lambda xp, x, **options: relu_xp.rrelu_vjp(x, rng=np.random.default_rng(2), **options),
+    "crelu": lambda xp, x, **options: relu_xp.crelu_vjp(x, **options),
+    "squared_relu": lambda xp, x, **options: relu_xp.squared_relu_vjp(x, **options),
+}
+
+
+def gradient_of(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_of_the_callers_is_kept(xp, name):
+    """A3, and A2: the arrays may be overwritten afterwards, and are not before."""
+    vjp = VARIANTS[name]
+    host = np.random.default_rng(9).standard_normal((6, 10)).astype(np.float32)
+    x = xp.array(host.copy())
+    y, pullback = vjp(xp, x)
+    shape = tuple(y.shape)
+    gradient = np.random.default_rng(10).standard_normal(shape).astype(np.float32)
+    dy = xp.array(gradient.copy())
+    expected = xp.numpy(gradient_of(pullback(dy))).copy()
+    np.testing.assert_array_equal(xp.numpy(x), host)
+    np.testing.assert_array_equal(xp.numpy(dy), gradient)
+    assert pullback.saved_nbytes > 0
+    if xp.writable:
+        zero = xp.array(np.zeros((6, 10), np.float32))
+        overwrite(xp, x, zero)
+        overwrite(xp, y, xp.array(np.zeros(shape, np.float32)))
+        np.testing.assert_array_equal(xp.numpy(gradient_of(pullback(dy))), expected)
+
+
+def overwrite(xp, x, values):
+    """Write into an array by way of the package: on CuPy over host memory nothing else can."""
+    relu_xp.relu(values, out=x)
+
+
+@pytest.mark.libraries("writable")
+@pytest.mark.parametrize("name", VARIANTS)
+def test_out(xp, name):
+    vjp = VARIANTS[name]
+    host = np.random.default_rng(11).standard_normal((6, 10)).astype(np.float32)
+    wanted, pullback = vjp(xp, xp.array(host.copy()))
+    shape = tuple(wanted.shape)
+    gradient = np.random.default_rng(12).standard_normal(shape).astype(np.float32)
+    wanted_dx = gradient_of(pullback(xp.array(gradient.copy())))
+
+    def empty(shape):
+        return xp.array(np.full(shape, 7, np.float32))
+
+    outs = [(empty(shape), empty((6, 10)))]
+    if shape == (6, 10):
+        outs.append((None, None))
+    for out, dx_out in outs:
+        x, dy = xp.array(host.copy()), xp.array(gradient.copy())
+        out = x if out is None else out
+        y, pullback = vjp(xp, x, out=out)
+        assert y is out
+        dx_out = dy if dx_out is None else dx_out
+        dx = gradient_of(pullback(dy, out=dx_out))
+        assert dx is dx_out
+        np.testing.assert_array_equal(xp.numpy(y), xp.numpy(wanted))
+        np.testing.assert_array_equal(xp.numpy(dx), xp.numpy(wanted_dx))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_large_array_agrees_with_small_ones(xp, name):
+    """Parts and threads: the same bits at every place."""
+    host = np.random.default_rng(13).standard_normal((40, 70_001)).astype(np.float32)
+    if name == "rrelu":
+        return  # draws by size
+    y, pullback = VARIANTS[name](xp, xp.array(host))
+    dx = xp.numpy(gradient_of(pullback(y)))
+    y = xp.numpy(y)
+    for row in (0, 1, 39):
+        part, its_pullback = VARIANTS[name](xp, xp.array(host[row : row + 1]))
+        np.testing.assert_array_equal(xp.numpy(part)[0], y[row])
+        np.testing.assert_array_equal(xp.numpy(gradient_of(its_pullback(part)))[0], dx[row])
+
+
+@pytest.mark.parametrize("function", ["prelu", "crelu", "squared_relu"])
+def test_integers_have_no_variant(function):
+    x = np.ones((1, 1), int)
+    more = (np.ones(1),) if function == "prelu" else ()
+    for name in (function, f"{function}_vjp"):
+        with pytest.raises(TypeError, match=f"^{name}: x has dtype int64, which has no gradient"):
+            getattr(relu_xp, name)(x, *more)
+        with pytest.raises(TypeError, match=f"^{name}: x must be an array, got list"):
+            getattr(relu_xp, name)([[1.0]], *more)
+
+
+# ---- Layers -------------------------------------------------------------------------------------
+
+LAYERS = [
+    PReLU(),
+    PReLU(10, init=0.1),
+    PReLU(6, -0.5, 0, inplace=True),
+    RReLU(),
+    RReLU(0.1, 0.9, inplace=True),
+    CReLU(),
+    CReLU(axis=-2),
+    SquaredReLU(),
+    SquaredReLU(inplace=True),
+]
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_repr_evaluates_back(layer):
+    again = eval(repr(layer), vars(relu_xp))
+    assert type(again) is type(layer)
+    assert repr(again) == repr(layer)
+    assert again.inplace == layer.inplace
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_a_layer_is_its_functions(xp, layer):
+    layer = copy.deepcopy(layer)
+    if layer.inplace and not xp.writable:
+        layer.inplace = False
+    if layer.params:
+        layer.params[0] = xp.array(layer.params[0])
+        layer.grads[0] = xp.array(layer.grads[0])
+    host = np.linspace(-4, 4, 60, dtype=np.float32).reshape(6, 10)
+    for training in (False, True):
+        x = xp.array(host.copy())
+        seed = copy.deepcopy(getattr(layer, "rng", None))
+        if isinstance(layer, PReLU):
+            axis = 0 if layer.params[0].shape[0] == 6 else 1
+            wanted, pullback = relu_xp.prelu_vjp(xp.array(host), layer.params[0], axis=axis)
+        elif isinstance(layer, RReLU):
+            rng = seed if training else None
+            wanted, pullback = relu_xp.rrelu_vjp(xp.array(host), *layer._bounds, rng=rng)
+        elif isinstance(layer, CReLU):
+            axis = 1 if layer.forward(x, training=False).shape[1] == 20 else 0
+            wanted, pullback = relu_xp.crelu_vjp(xp.array(host), axis=axis)
+        else:
+            wanted, pullback = relu_xp.squared_relu_vjp(xp.array(host))
+        y = layer(x, training=training)
+        np.testing.assert_array_equal(xp.numpy(y), xp.numpy(wanted))
+        assert (y is x) == layer.inplace
+        assert (layer.saved_nbytes > 0) == training
+    gradient = np.cos(np.arange(math.prod(wanted.shape), dtype=np.float32)).reshape(wanted.shape)
+    dy = xp.array(gradient.copy())
+    dx = layer.backward(dy, retain=True)
+    expected = pullback(xp.array(gradient))
+    np.testing.assert_array_equal(xp.numpy(dx), xp.numpy(gradient_of(expected)))
+    assert (dx is dy) == layer.inplace
+    if layer.params:
+        np.testing.assert_array_equal(xp.numpy(layer.grads[0]), xp.numpy(expected[1]))
+    layer.backward(xp.array(gradient))
+    assert layer.saved_nbytes == 0
+    with pytest.raises(RuntimeError, match="backward: nothing is saved"):
+        layer.backward(dy)
+
+
+@pytest.mark.libraries("writable")
+def test_an_optimiser_of_the_textbook_learns_prelus_slope(xp):
+    """Deep Learning from Scratch 2: lists that are collected once, arrays that are updated."""
+
+    class SGD:
+        lr = 0.5
+
+        def update(self, params, grads):
+            for i in range(len(params)):
+                step(params[i], self.lr, grads[i])
+
+    def step(param, rate, grad):  # param -= rate * grad, where no kernel but ours can run
+        host = xp.numpy(param) - np.float32(rate) * xp.numpy(grad)
+        positive = xp.array(np.maximum(host, 0))
+        relu_xp.relu(positive, out=param)
+
+    layer = PReLU(2, init=0.9)
+    layer.params[0], layer.grads[0] = xp.array(layer.params[0]), xp.array(layer.grads[0])
+    params, grads = [], []
+    params += layer.params
+    grads += layer.grads
+    assert params[0] is layer.params[0]
+    assert grads[0] is layer.grads[0]
+    host = np.array([[-1.0, -2.0], [3.0, -1.0]], np.float32)
+    target = relu_xp.prelu(host, np.array([0.25, 0.5], np.float32))
+    for _ in range(60):
+        y = layer.forward(xp.array(host))
+        layer.backward(xp.array((xp.numpy(y) - target) / 4))
+        assert grads[0] is layer.grads[0]
+        SGD().update(params, grads)
+    np.testing.assert_allclose(xp.numpy(layer.params[0]), [0.25, 0.5], atol=1e-3)
+
+
+def test_where_arrays_cannot_be_written_the_gradient_is_another(require):
+    jnp = require("jax").numpy
+    layer = PReLU(xp=jnp)
+    before = layer.grads[0]
+    layer.forward(jnp.asarray([[-2.0, 1.0]]))
+    layer.backward(jnp.ones((1, 2)))
+    assert float(layer.grads[0][0]) == -2
+    assert float(before[0]) == 0
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=repr)
+def test_what_is_saved_does_not_travel(layer):
+    layer = copy.deepcopy(layer)
+    layer.forward(np.full((6, 10), -1.0))
+    assert layer.saved_nbytes > 0
+    layer.note = "a user's own attribute"
+    for again in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert again.saved_nbytes == 0
+        assert repr(again) == repr(layer)
+        assert again.note == layer.note
+        for one, other in zip(again.params + again.grads, layer.params + layer.grads, strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_a_deep_copy_learns_alone_and_a_pickle_needs_no_library(require):
+    torch = require("torch")
+    layer = PReLU(3, xp=torch, dtype=torch.float64)
+    again = copy.deepcopy(layer)
+    again.params[0][0] = 7
+    assert layer.params[0][0] == 0.25
+    assert type(again.params[0]) is torch.Tensor
+    assert copy.copy(layer).params[0] is layer.params[0]
+    loaded = pickle.loads(pickle.dumps(layer))
+    assert type(loaded.params[0]) is np.ndarray
+    assert loaded.params[0].dtype == np.float64
+
+
+def test_layers_refuse():
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match=f"num_parameters must be at least 1, got {bad}"):
+            PReLU(bad)
+    for bad in (1.5, True, None):
+        with pytest.raises(TypeError, match="num_parameters must be a whole number, got"):
+            PReLU(bad)
+        with pytest.raises(TypeError, match="axis must be a whole number, got"):
+            CReLU(bad)
+    with pytest.raises(ValueError, match="init must be finite, got inf"):
+        PReLU(init=math.inf)
+    layer, x = PReLU(3), np.ones((2, 4), np.float32)
+    with pytest.raises(ValueError, match=r"^forward: params\[0\] has 3 slopes, but x has 4 chan"):
+        layer.forward(x)
+    layer = PReLU()
+    layer.forward(x)
+    with pytest.raises(ValueError, match=r"^backward: dy has shape \(2, 3\), forward saw \(2, 4\)"):
+        layer.backward(x[:, :3])
+    np.testing.assert_array_equal(layer.backward(x), x)
+
+
+def test_layers_without_parameters_have_empty_lists():
+    for layer in (relu_xp.ReLU(), RReLU(), CReLU(), SquaredReLU()):
+        assert layer.params == layer.grads == []
+
+
+# ---- Tracing ------------------------------------------------------------------------------------
+
+
+class TestTracing:
+    x = np.array([[np.nan, -2.0, -0.5, 0.0, 1.0, np.inf]], np.float32)
+    dy = np.linspace(1, 2, 6, dtype=np.float32).reshape(1, 6)
+
+    @pytest.mark.parametrize("slope", [0.25, 0.0])
+    def test_torch(self, require, slope):
+        """Also where the slope is 0: it is to learn from there."""
+        torch = require("torch")
+        x = torch.from_numpy(self.x.copy()).requires_grad_()
+        weight = torch.tensor([slope], requires_grad=True)
+        relu_xp.prelu(x, weight).backward(torch.from_numpy(self.dy))
+        _, pullback = relu_xp.prelu_vjp(self.x, np.array([slope], np.float32))
+        dx, dweight = pullback(self.dy)
+        np.testing.assert_array_equal(x.grad.numpy(), dx)
+        np.testing.assert_allclose(weight.grad.numpy(), dweight, rtol=1e-6)
+
+    @pytest.mark.parametrize("slope", [0.25, 0.0])
+    def test_jax(self, require, slope):
+        jax = require("jax")
+        x, dy = jax.numpy.asarray(self.x), jax.numpy.asarray(self.dy)
+        weight = jax.numpy.asarray([slope], "float32")
+        y, vjp = jax.vjp(jax.jit(relu_xp.prelu), x, weight)
+        dx, dweight = vjp(dy)
+        wanted, pullback = relu_xp.prelu_vjp(self.x, np.array([slope], np.float32))
+        wanted_dx, wanted_dweight = pullback(self.dy)
+        np.testing.assert_array_equal(y, wanted)
+        np.testing.assert_array_equal(dx, wanted_dx)
+        np.testing.assert_allclose(dweight, wanted_dweight, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["crelu", "squared_relu"])
+    def test_others(self, require, name):
+        torch, jax = require("torch"), require("jax")
+        function, vjp = getattr(relu_xp, name), getattr(relu_xp, f"{name}_vjp")
+        host = self.x[:, 1:]
+        wanted, pullback = vjp(host)
+        dy = np.cos(np.arange(wanted.size, dtype=np.float32)).reshape(wanted.shape)
+        wanted_dx = pullback(dy)
+        x = torch.from_numpy(host.copy()).requires_grad_()
+        function(x).backward(torch.from_numpy(dy))
+        np.testing.assert_allclose(x.grad.numpy(), wanted_dx, rtol=1e-6)
+        y, jax_vjp = jax.vjp(jax.jit(function), jax.numpy.asarray(host))
+        np.testing.assert_array_equal(y, wanted)
+        np.testing.assert_allclose(jax_vjp(jax.numpy.asarray(dy))[0], wanted_dx, rtol=1e-6)
