@@ -27,6 +27,20 @@ PASSES = (
     "backward_bytes",
     "backward_from_input",
 )
+VARIANTS = (
+    "sloped",
+    "sloped_itself",
+    "scaled",
+    "factors",
+    "squared",
+    "backward_squared",
+    "both",
+    "pieces_of_both",
+    "backward_both",
+    "sums",
+    "rounded",
+    "copy",
+)
 FLAT, CUBE, STRIDED = (1, True), (3, True), (3, False)  # axes, and whether they are in C order
 # The layouts that the kernels of a pass come in: whether it is *many*, and of what.
 FORMS = {
@@ -280,6 +294,63 @@ def test_what_the_assembler_made(backend, disassemble, name, t, architecture):
         assert not re.search(r"\b(LDL|STL)\b", text), kernel
         assert len(re.findall(r"\bBRA\b", text)) <= (20 if "SHFL" in text else 12), kernel
         assert max(map(int, re.findall(r"\bR(\d+)\b", text))) < 64, kernel  # half of the threads
+
+
+def variant_sources(backend, name, t):
+    """Return all sources of a variant's kernel for a dtype, by (x's dtype, the slopes', layout)."""
+    import cupy_host
+
+    kernel = backend.variant(name)
+    counts = ("outer", "channels", "inner", "rows", "columns")
+    of = {"T": (t,), "X": oracle.DTYPES, "W": oracle.DTYPES}
+    used = {p.ctype for p in kernel.params[:-1]}
+    found = {}
+    for x, w, layout in itertools.product(
+        of["X"] if "X" in used else (t,), of["W"] if "W" in used else (t,), (FLAT, CUBE, STRIDED)
+    ):
+        dtypes = {"T": _dtype(t), "X": _dtype(x), "W": _dtype(w)}
+        types = [
+            None if p.name in counts else dtypes.get(p.ctype, p.dtype) for p in kernel.params[:-1]
+        ]
+        layouts = [None if p.name in counts else layout for p in kernel.params]
+        found[x, w, layout] = cupy_host.source(kernel, types, layouts)[0]
+    return found
+
+
+@pytest.mark.parametrize("t", oracle.DTYPES)
+@pytest.mark.parametrize("name", VARIANTS)
+class TestVariants:
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    def test_every_kernel_compiles(self, backend, name, t, architecture):
+        import cupy_host
+
+        found = variant_sources(backend, name, t)
+        if architecture != 90:
+            found = {key: code for key, code in found.items() if key[2] == FLAT}
+        merged = cupy_host.merge(found.values(), backend._PREAMBLE)
+        assert cupy_host.compile_for(merged, architecture)[:4] == b"\x7fELF"
+
+    def test_nothing_is_flushed_and_nothing_waits(self, backend, name, t):
+        """F4; no array in local memory; all loads in one block, before any store."""
+        import cupy_host
+
+        found = variant_sources(backend, name, t)
+        merged = cupy_host.merge(found.values(), backend._PREAMBLE)
+        made = re.split(r"\.visible \.entry ", cupy_host.compile_for(merged, 90, ptx=True))[1:]
+        for (x, w, layout), ptx in zip(found, made, strict=True):
+            what = f"{x} {w} {layout}"
+            assert not re.search(r"\.ftz\b", ptx), what
+            assert not re.search(r"\b(ld|st)\.local\b|\.local \.align", ptx), what
+            if name != "sums":
+                blocks = [accesses(block) for block in basic_blocks(ptx)]
+                loading = [block for block in blocks if any(kind == "ld" for kind, _ in block)]
+                assert len(loading) == 1, what
+                kinds = [kind for kind, _ in loading[0]]
+                assert kinds == sorted(kinds), what
+
+
+def test_the_variants_are_all_there_are(backend):
+    assert set(backend.VARIANTS) == set(VARIANTS)
 
 
 def test_the_checks_can_fail(backend):

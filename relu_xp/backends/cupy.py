@@ -146,10 +146,10 @@ VARIANTS = {
     "sloped": ("T v, X x, W a", "T y", "y = sloped(v, above_zero(x), rounded<T>(a))"),
     "sloped_itself": ("T x, W a", "T y", "y = sloped(x, above_zero(x), rounded<T>(a))"),
     "scaled": ("T v, W a", "T y", "const T f = rounded<T>(a); y = sloped(v, is_one(f), f)"),
-    "factors": ("X x, W a", "W y", "y = above_zero(x) ? W(1) : a"),
+    "factors": ("X x, W a", "W y", "y = factor(x, a)"),
     "squared": ("T x", "T y", "y = squared(x)"),
     "backward_squared": ("T dy, X x", "T dx", "dx = backward_squared(dy, x)"),
-    "both": ("T x", "T y, T z", "y = rectified(x); z = rectified(opposite(x))"),
+    "both": ("T x", "T y, T z", "const T u = x; y = rectified(u); z = rectified(opposite(u))"),
     "pieces_of_both": ("X x", "uint8 p", "p = pieces_of_both(x)"),
     "backward_both": ("T dy, T dz, uint8 p", "T dx", "dx = backward_both(dy, dz, p)"),
     # Of an array seen as outer x channels x inner elements: a sum for each of rows x channels x

@@ -235,6 +235,11 @@ template <class T> __device__ T sloped(T value, bool above, T slope) {
   return number_of<T>(above ? word_of(value) : factor << 1 ? result : 0);
 }
 
+template <class X, class W> __device__ W factor(X x, W slope) {
+  const Word<W> all = above_zero(x) ? 0 : ~Word<W>(0);  // no branch, in which the slope would load
+  return number_of<W>((word_of(slope) & all) | (Format<W>::one & ~all));
+}
+
 template <class T> __device__ T squared(T x) {
   const Word<T> result = product<T>(word_of(x), word_of(x));
   return number_of<T>(above_zero(x) ? result : 0);
