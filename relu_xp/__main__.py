@@ -7,18 +7,24 @@ them. What is wrong with a request is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import importlib.metadata
 import inspect
+import json
+import math
 import os
 import platform
+import re
+import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from relu_xp import __version__, dispatch, layers, plotting, training
+from relu_xp import __version__, dispatch, files, formulas, layers, plotting, training
+from relu_xp.activation import FLOATING
 from relu_xp.backends import threads
 
 __all__ = ["main"]
@@ -29,7 +35,7 @@ _OPTIONAL = ("ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 _NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-_LABEL, _WIDTH = 20, 79
+_LABEL, _WIDE, _NARROW = 20, 79, 60  # characters: a label's column, a line at most, a small window
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         "--curves",
         choices=(*plotting.CURVES, "all"),
         default="all",
-        help="the textbook's three figures, or one of them (default: %(default)s)",
+        metavar="CURVES",
+        help=f"{', '.join(plotting.CURVES)}, or all of the textbook's three figures "
+        "(default: %(default)s)",
     )
     _add_backend(command)
     command.add_argument(
@@ -125,6 +133,43 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--plot", metavar="FILE", help="draw the learning curve into a .png or .svg file"
+    )
+    command = add(
+        "formulas", _formulas, "time what people write for ReLU, and tell where it is wrong"
+    )
+    _add_backend(command)
+    command.add_argument(
+        "--shape",
+        type=_shape,
+        default=formulas.SHAPE,
+        metavar="MxN",
+        help=f"of the array (default: {_times(formulas.SHAPE)})",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=FLOATING,
+        metavar="NAME",
+        help=f"{', '.join(FLOATING)} (default: float64, or float32 where the library has no other)",
+    )
+    command.add_argument(
+        "--repeats",
+        type=_whole_number(1),
+        default=formulas.REPEATS,
+        metavar="N",
+        help="how often to time each formula (default: %(default)s)",
+    )
+    command.add_argument(
+        "--seed",
+        type=_whole_number(0),
+        default=0,
+        metavar="N",
+        help="seed for the numbers in the array (default: %(default)s)",
+    )
+    command.add_argument(
+        "--json", metavar="FILE", help="write machine, versions, all times and findings to a file"
+    )
+    command.add_argument(
+        "--plot", metavar="FILE", help="draw times and findings into a .png or .svg file"
     )
     return parser
 
@@ -151,6 +196,16 @@ def _whole_number(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    if not re.fullmatch("[1-9][0-9]*(x[1-9][0-9]*)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape, such as 5000x5000 or 1000")
+    return tuple(map(int, text.split("x")))
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _plot(arguments: argparse.Namespace) -> int:
@@ -205,6 +260,111 @@ def _train(arguments: argparse.Namespace) -> int:
             arguments.parser.error(f"argument --plot: {error}")
         _print_table({"learning curve": arguments.plot})
     return 0
+
+
+def _formulas(arguments: argparse.Namespace) -> int:
+    checks: dict[str, Callable[[str], None]] = {
+        "json": lambda file: files.write(file, None),
+        "plot": plotting.check_file,
+    }
+    for option, check in checks.items():
+        file = getattr(arguments, option)
+        try:
+            if file is not None:
+                check(file)
+        except (ValueError, OSError, training.MissingExtraError) as error:
+            arguments.parser.error(f"argument --{option}: {error}")
+    try:
+        setting = training.choose(arguments.backend)
+    except dispatch.LibraryError as error:
+        arguments.parser.error(str(error))
+    try:
+        dtype = formulas.choose_dtype(setting, arguments.dtype)
+    except ValueError as error:
+        arguments.parser.error(f"argument --dtype: {error}")
+    _print_table(
+        {
+            "backend": setting.backend,
+            "device": setting.device,
+            "array": f"{_times(arguments.shape)}, {dtype}",
+        }
+    )
+    sys.stdout.flush()  # ahead of the progress bar, also where stdout is a file
+    try:
+        measured = formulas.measure(
+            setting.backend,
+            shape=arguments.shape,
+            dtype=dtype,
+            repeats=arguments.repeats,
+            seed=arguments.seed,
+            progress=True,
+        )
+    except (ValueError, MemoryError) as error:
+        arguments.parser.error(str(error))
+    _print_formulas(measured)
+    written = {}
+    try:
+        if arguments.json is not None:
+            option = "json"
+            record = {"date": _now(), "machine": _machine(setting), "versions": _versions()}
+            text = json.dumps(record | measured.record(), indent=2, allow_nan=False)
+            files.write(arguments.json, f"{text}\n".encode())
+            written["times and findings"] = arguments.json
+        if arguments.plot is not None:
+            option = "plot"
+            plotting.formulas_chart(measured, arguments.plot)
+            written["figure"] = arguments.plot
+    except OSError as error:  # the disk has changed its mind meanwhile
+        arguments.parser.error(f"argument --{option}: {error}")
+    if written:
+        print()
+        _print_table(written)
+    return 0
+
+
+def _print_formulas(measured: formulas.Measured) -> None:
+    """Print each formula with its time before it, and what is wrong with it below."""
+    factor, unit = formulas.unit([row.median for row in measured.rows if row.median])
+    start = f"{unit:>7}  x ours  "
+    further = " " * len(start)
+    print(f"\n{start}formula\n{further}  where it is wrong\n")
+    for row in measured.rows:
+        times = measured.times_ours(row)
+        if row.median is None or times is None:
+            start = f"{'-':>7}  {'-':>6}  "
+        else:
+            start = f"{_three_digits(factor * row.median):>7}  {times:>6.2f}  "
+        for text, first in ((row.formula.text, start), (row.verdict, f"{further}  ")):
+            print("\n".join(_wrapped(text, first, f"{further}  ")))
+
+
+def _three_digits(number: float) -> str:
+    """Return a positive number with three digits, or all of those before the point."""
+    return f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}"
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _machine(setting: training.Setting) -> dict[str, Any]:
+    """Return what a figure holds for."""
+    processor = platform.processor()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            processor = next(names, processor)
+    except OSError:  # not Linux
+        pass
+    machine: dict[str, Any] = {
+        "processor": processor,
+        "cpus": os.cpu_count(),
+        "threads": _threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if setting.backend == "cupy":
+        machine["gpu"] = dict(_gpus(None))
+    return machine
 
 
 def _info(_: argparse.Namespace) -> int:
@@ -306,11 +466,31 @@ def _threads() -> str:
 
 
 def _print_table(rows: Mapping[str, str], indent: str = "") -> None:
-    """Print labelled values, aligned, in lines of at most 79 characters where words allow it."""
+    """Print labelled values, aligned; in a narrow window a long one stands under its label."""
     for label, value in rows.items():
         start = f"{indent}{label:<{_LABEL - len(indent)}}"
-        lines = textwrap.wrap(value, _WIDTH, initial_indent=start, subsequent_indent=" " * _LABEL)
-        print("\n".join(lines) or start.rstrip())
+        further = " " * _LABEL
+        if _width() < _NARROW and len(start) + len(value) > _width():
+            print(start.rstrip())
+            start = further = f"{indent}    "
+        print("\n".join(_wrapped(value, start, further)) or start.rstrip())
+
+
+def _wrapped(text: str, first: str, further: str) -> list[str]:
+    """Wrap a text to the window, between words only: a file's name can then be copied."""
+    return textwrap.wrap(
+        text,
+        _width(),
+        initial_indent=first,
+        subsequent_indent=further,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _width() -> int:
+    """Return how many characters a line may have."""
+    return min(_WIDE, shutil.get_terminal_size().columns - 1)
 
 
 if __name__ == "__main__":

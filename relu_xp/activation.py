@@ -21,7 +21,17 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
-__all__ = ["ONE", "ZERO", "Activation", "Rounded", "activation_of", "is_integer", "real"]
+__all__ = [
+    "FLOATING",
+    "ONE",
+    "ZERO",
+    "Activation",
+    "Rounded",
+    "activation_of",
+    "is_integer",
+    "limits",
+    "real",
+]
 
 ZERO, ONE = 0.0, 1.0  # the defaults of parameters: these very objects tell that none was given
 
@@ -173,6 +183,7 @@ _FLOATING = {
     "float32": _Format(32, 24, "f"),
     "float64": _Format(64, 53, "d"),
 }
+FLOATING = tuple(_FLOATING)
 _INTEGER = {
     f"{prefix}int{width}": (width, low * 2 ** (width - 1), (2 + low) * 2 ** (width - 1) - 1)
     for width in (8, 16, 32, 64)
@@ -183,6 +194,13 @@ _INTEGER = {
 def is_integer(dtype_name: str) -> bool:
     """Tell whether a dtype is served, but has no gradient."""
     return dtype_name in _INTEGER
+
+
+def limits(dtype_name: str) -> tuple[float, float]:
+    """Return the smallest and the largest positive number of a floating dtype."""
+    form = _FLOATING[dtype_name]
+    smallest = math.ldexp(1.0, 3 - form.max_exponent - form.precision)
+    return smallest, math.ldexp(2**form.precision - 1, form.max_exponent - form.precision)
 
 
 class Rounded:

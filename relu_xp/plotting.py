@@ -1,7 +1,6 @@
 """Pictures, with matplotlib (extra ``plot``): no display, and no state of pyplot's, is touched.
 
-A picture is drawn in memory, written beside its target and then renamed, so that a file is either
-the old one or whole.
+A picture is drawn in memory and then written in one step (`relu_xp.files`).
 """
 
 from __future__ import annotations
@@ -11,16 +10,26 @@ import io
 import itertools
 import math
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from relu_xp import files, formulas
 from relu_xp.layers import ReLU
 from relu_xp.training import MissingExtraError, Result
 
-__all__ = ["CURVES", "FORMATS", "check_file", "layer_figures", "learning_curve", "plot"]
+__all__ = [
+    "CURVES",
+    "FORMATS",
+    "check_file",
+    "formulas_chart",
+    "layer_figures",
+    "learning_curve",
+    "plot",
+]
 
 FORMATS = (".png", ".svg")
 CURVES = ("forward", "gradient", "both")
@@ -49,7 +58,7 @@ def check_file(file: str | os.PathLike[str]) -> None:
     """
     _format(file)
     _matplotlib()
-    _write(file, None)
+    files.write(file, None)
 
 
 def learning_curve(result: Result, file: str | os.PathLike[str]) -> None:
@@ -95,6 +104,53 @@ def learning_curve(result: Result, file: str | os.PathLike[str]) -> None:
     )
     for axes in (upper, lower):
         _plain(axes)
+    _save(figure, file)
+
+
+def formulas_chart(measured: formulas.Measured, file: str | os.PathLike[str]) -> None:
+    """Draw the median time of each formula as a bar, and under it where the formula is wrong.
+
+    Parameters
+    ----------
+    measured : relu_xp.formulas.Measured
+    file : path
+        Ending in ``.png`` or ``.svg``; replaced if it is there.
+
+    Raises
+    ------
+    ValueError, OSError, MissingExtraError
+        As `check_file`.
+    """
+    _, figure_type, _ = _matplotlib()
+    verdicts = [textwrap.wrap(row.verdict, 84) for row in measured.rows]
+    heights = [1.6 + len(lines) for lines in verdicts]  # of bar, lines and gap, in lines of text
+    figure = figure_type(figsize=(9.6, 0.17 * sum(heights) + 1), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    factor, unit = formulas.unit([row.median for row in measured.rows if row.median])
+    labels = []
+    for row, lines, place in zip(
+        measured.rows, verdicts, itertools.accumulate(heights, initial=0.0), strict=False
+    ):
+        ours = row.formula.origin == "relu_xp"
+        labels.append((place + 0.5, textwrap.fill(row.formula.text, 40), ours))
+        under = place + 0.2
+        if row.median is not None:
+            bar = axes.barh(place + 0.5, factor * row.median, 0.9, color=_DARK if ours else "0.6")
+            axes.bar_label(bar, fmt="%.3g", padding=3, fontsize=8)
+            under = place + 1.1
+        style = {"fontsize": 8, "color": _GREY, "verticalalignment": "top", "linespacing": 1.1}
+        axes.annotate("\n".join(lines), (0, under), (3, 0), textcoords="offset points", **style)
+    axes.set_yticks([place for place, _, _ in labels], [text for _, text, _ in labels])
+    for tick, (_, _, ours) in zip(axes.get_yticklabels(), labels, strict=True):
+        tick.set(family="monospace", fontsize=8, fontweight="bold" if ours else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(sum(heights), -0.4)
+    axes.margins(x=0.1)
+    _plain(axes)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(f"{unit} a call, median of {max(len(row.seconds) for row in measured.rows)}")
+    shape = "x".join(map(str, measured.shape))
+    figure.suptitle(f"ReLU, as it is written: {measured.backend}, {shape}, {measured.dtype}")
     _save(figure, file)
 
 
@@ -280,7 +336,7 @@ def _save(figure: Any, file: str | os.PathLike[str]) -> None:
     # The same figure gives the same file: no date in it, and no random names.
     with matplotlib.rc_context({"svg.hashsalt": "relu-xp"}):
         figure.savefig(memory, format=form, metadata={"Date": None} if form == "svg" else None)
-    _write(file, memory.getvalue())
+    files.write(file, memory.getvalue())
 
 
 def _format(file: str | os.PathLike[str]) -> str:
@@ -302,25 +358,3 @@ def _matplotlib() -> tuple[Any, Any, Any]:
             f"a picture needs matplotlib ({error}): pip install matplotlib"
         ) from None
     return matplotlib, Figure, ticker
-
-
-def _write(file: str | os.PathLike[str], data: bytes | None) -> None:
-    """Replace a file by data in one step, or (None) only find out whether that is possible."""
-    path = Path(os.path.realpath(file))  # so that a link stays a link
-    name = repr(os.fspath(file))
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write {name}: it is a directory")
-    if path.exists() and not os.access(path, os.W_OK):  # a rename would not ask
-        raise PermissionError(f"cannot write {name}: it is read-only")
-    beside = path.with_name(f".relu-xp-{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as stream:
-            try:
-                stream.write(data or b"")
-                stream.flush()
-                if data is not None:
-                    beside.replace(path)
-            finally:
-                beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise type(error)(f"cannot write {name}: {error.strerror}") from None

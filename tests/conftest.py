@@ -76,6 +76,27 @@ def xp(request):
         yield library
 
 
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs a bad request and returns the one line about it."""
+
+    from relu_xp.__main__ import main
+
+    def check(*arguments, program="relu-xp train"):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert out == ""
+        assert err.endswith("\n")
+        assert len(err.splitlines()) == 1
+        start = f"{program}: error: "
+        assert err.startswith(start)
+        return err.removeprefix(start).rstrip("\n")
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def flush_to_zero(request, tmp_path_factory):
     """A context manager in which this thread's processor takes subnormals for zero."""

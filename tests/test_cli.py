@@ -14,10 +14,17 @@ import pytest
 from libraries import LIBRARIES
 
 import relu_xp
+from relu_xp import __main__ as command_line
 from relu_xp import dispatch, plotting, training
 from relu_xp.__main__ import main
 
 ROOT = Path(relu_xp.__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def window(monkeypatch):
+    """A window of the usual width, whatever the one is like that the tests run in."""
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 def run(*arguments, path=()):
@@ -31,25 +38,6 @@ def run(*arguments, path=()):
         env=environment,
         timeout=300,
     )
-
-
-@pytest.fixture
-def refused(capsys):
-    """Return a function that runs a bad request and returns the one line about it."""
-
-    def check(*arguments, program="relu-xp train"):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        out, err = capsys.readouterr()
-        assert stopped.value.code == 2
-        assert out == ""
-        assert err.endswith("\n")
-        assert len(err.splitlines()) == 1
-        start = f"{program}: error: "
-        assert err.startswith(start)
-        return err.removeprefix(start).rstrip("\n")
-
-    return check
 
 
 @pytest.fixture
@@ -416,8 +404,31 @@ def test_help_lists_the_commands(capsys):
         main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert re.search("^ +info ", out, re.MULTILINE)
-    assert re.search("^ +train ", out, re.MULTILINE)
+    for command in ("info", "plot", "formulas", "train"):
+        assert re.search(f"^ +{command} ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+@pytest.mark.parametrize("command", [(), ("info",), ("plot",), ("formulas",), ("train",)])
+def test_help_fits_a_narrow_window(capsys, monkeypatch, command, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+
+
+@pytest.mark.parametrize("columns", [40, 60])
+def test_tables_fit_a_narrow_window_but_words_stay_whole(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    file = f"/a/long/folder-with-a-name{'/of/several/parts' * 4}.png"
+    rows = {"test accuracy": "97.50 %", "figure": file, "kernels": "some words in a row " * 4}
+    command_line._print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "test accuracy       97.50 %"
+    assert f"    {file}" in lines
+    rest = [line for line in lines if file not in line]
+    assert max(map(len, rest)) < columns
+    assert " ".join(" ".join(rest).split()).endswith(("kernels " + rows["kernels"]).strip())
 
 
 def test_a_reader_that_stops_early_is_no_error():
