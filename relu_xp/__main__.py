@@ -32,7 +32,7 @@ __all__ = ["main"]
 # Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
 _OPTIONAL = ("ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 
-_NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value")
+_NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value", "init", "lower", "upper")
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LABEL, _WIDE, _NARROW = 20, 79, 60  # characters: a label's column, a line at most, a small window

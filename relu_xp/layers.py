@@ -503,9 +503,14 @@ class RReLU(Layer):
         inplace: bool = False,
     ) -> None:
         self._activation = mean_slope(lower, upper)
-        self._bounds = lower, upper
+        self._bounds = real("lower", lower), real("upper", upper)
         self.rng = np.random.default_rng() if rng is None else rng
         self.inplace = inplace
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The bounds of the slopes."""
+        return self._bounds
 
     @property
     def activation(self) -> Activation:

@@ -6,6 +6,7 @@ A picture is drawn in memory and then written in one step (`relu_xp.files`).
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import math
@@ -13,12 +14,13 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from relu_xp import files, formulas
-from relu_xp.layers import ReLU
+from relu_xp.activation import Activation
+from relu_xp.layers import CReLU, Layer, PReLU, ReLU, RReLU
 from relu_xp.training import MissingExtraError, Result
 
 __all__ = [
@@ -154,15 +156,16 @@ def formulas_chart(measured: formulas.Measured, file: str | os.PathLike[str]) ->
     _save(figure, file)
 
 
-def plot(layer: ReLU, ax: Any = None, *, curves: str = "both", xp: Any = np) -> Any:
+def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) -> Any:
     """Draw a layer's forward pass, its gradient, or both, as the layer itself computes them.
 
     A dot is filled where the value is taken, and hollow where a piece ends without it.
 
     Parameters
     ----------
-    layer : ReLU
-        Any layer; what it has saved stays as it is.
+    layer : relu_xp.layers.Layer
+        Any of this package; what it has saved stays as it is. Of PReLU each channel is drawn, of
+        RReLU evaluation, and what training may draw in grey.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default on a new figure of its own, which pyplot does not know.
     curves : {"both", "forward", "gradient"}, optional
@@ -186,8 +189,9 @@ def plot(layer: ReLU, ax: Any = None, *, curves: str = "both", xp: Any = np) -> 
         _, figure_type, _ = _matplotlib()
         figure = figure_type(figsize=(_WIDTH, _HEIGHT), dpi=_DPI, layout="constrained")
         ax = figure.subplots()
-    compute = _computing(layer, xp)
-    t, ceiling = layer.activation.threshold, _ceiling(layer)
+    numbers = _numbers(layer)
+    t, ceiling = numbers.threshold, _ceiling(numbers)
+    outputs = _outputs(layer, xp)
     styles = {
         "forward": {"label": "f(x)", "color": _DARK, "linestyle": "-", "marker": "o"},
         "gradient": {"label": "f'(x)", "color": _GREY, "linestyle": "--", "marker": "s"},
@@ -208,19 +212,30 @@ def plot(layer: ReLU, ax: Any = None, *, curves: str = "both", xp: Any = np) -> 
             color=_GREY,
             fontsize="small",
         )
+    pieces = list(_pieces(numbers))
+    if isinstance(layer, RReLU):
+        _draw_bounds(ax, layer, pieces[0], chosen)
     for curve in chosen:
-        _draw(ax, compute[curve], list(_pieces(layer)), styles[curve])
+        for number, output in enumerate(outputs):
+            style: dict[str, Any] = styles[curve] | {"linewidth": 1.8 if number == 0 else 1.0}
+            if number:
+                style["label"] = None if isinstance(layer, PReLU) else f"{style['label']}, 2nd half"
+            if output.mirrored:
+                mirrored = [(-last, -first) for first, last in reversed(pieces)]
+                _draw(ax, output.of[curve], mirrored, [False], style)
+            else:
+                _draw(ax, output.of[curve], pieces, [True, False], style)
     _plain(ax)
     ax.set_xlabel("x")
     ax.set_ylabel(", ".join(styles[curve]["label"] for curve in chosen))
     ax.set_title(repr(layer), pad=18)
-    if len(chosen) > 1:
+    if len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend(loc="best", frameon=False)
     return ax
 
 
 def layer_figures(
-    layer: ReLU, file: str | os.PathLike[str], curves: Sequence[str] = CURVES, *, xp: Any = np
+    layer: Layer, file: str | os.PathLike[str], curves: Sequence[str] = CURVES, *, xp: Any = np
 ) -> None:
     """Draw figures of a layer side by side into a file: forward, gradient and both by default.
 
@@ -250,19 +265,24 @@ def layer_figures(
     _save(figure, file)
 
 
-def _ceiling(layer: ReLU) -> float | None:
+def _numbers(layer: Layer) -> Activation:
+    """Return four numbers whose knee and ceiling are the layer's."""
+    numbers: Activation = getattr(layer, "activation", Activation())
+    return numbers
+
+
+def _ceiling(numbers: Activation) -> float | None:
     """Return where the ceiling is reached."""
-    numbers = layer.activation
     return None if numbers.max_value is None else numbers.max_value / numbers.positive_slope
 
 
-def _pieces(layer: ReLU) -> Iterator[tuple[float, float]]:
+def _pieces(numbers: Activation) -> Iterator[tuple[float, float]]:
     """Yield where each piece begins and ends, with room on either side of all.
 
     A piece that does not have its end stops a millionth short: the next number may be a subnormal,
     which not every library keeps.
     """
-    t, ceiling = layer.activation.threshold, _ceiling(layer)
+    t, ceiling = numbers.threshold, _ceiling(numbers)
     places = [0.0, t] + ([] if ceiling is None else [ceiling])
     width = max(places) - min(places) or 4.0
     low, high, short = min(places) - 0.75 * width, max(places) + 0.75 * width, 1e-6 * width
@@ -274,44 +294,93 @@ def _pieces(layer: ReLU) -> Iterator[tuple[float, float]]:
         yield ceiling + short, high
 
 
-def _computing(layer: ReLU, xp: Any) -> dict[str, Callable[[list[float]], list[float]]]:
-    """Return the layer's functions on lists, by way of a library's arrays."""
-    layer = copy.copy(layer)  # with the numbers, without what was saved
-    layer.inplace = False
+class _Output(NamedTuple):
+    """One of the numbers that a layer makes of an element, and its gradient."""
 
-    def forward(x: list[float]) -> list[float]:
-        y = layer.forward(xp.asarray(x, dtype=xp.float32), training=False)
-        return [float(y[k]) for k in range(len(x))]
+    of: dict[str, Callable[[list[float]], list[float]]]  # by the curve's name, on lists
+    mirrored: bool  # the knee is of the piece on its right
 
-    def gradient(x: list[float]) -> list[float]:
-        array = xp.asarray(x, dtype=xp.float32)
-        layer.forward(array)
-        dx = layer.backward(xp.ones_like(array))
-        return [float(dx[k]) for k in range(len(x))]
 
-    return {"forward": forward, "gradient": gradient}
+def _outputs(layer: Layer, xp: Any) -> list[_Output]:
+    """Return what a layer computes by way of a library's arrays, a channel of PReLU's each."""
+    columns = count = 1
+    if isinstance(layer, PReLU):
+        slopes = [float(slope) for slope in layer.params[0]]
+        columns = count = len(slopes)
+        layer = PReLU(count, xp=xp)
+        layer.params[0] = xp.asarray(slopes, dtype=xp.float32)
+    elif isinstance(layer, RReLU):
+        layer = ReLU(negative_slope=layer.activation.negative_slope)  # what it is in evaluation
+    elif isinstance(layer, CReLU):
+        layer, count = CReLU(), 2
+    else:
+        layer = copy.copy(layer)  # with the numbers, without what was saved
+        layer.inplace = False
+
+    def array(x: list[float]) -> Any:
+        return xp.asarray([[value] * columns for value in x], dtype=xp.float32)
+
+    def forward(x: list[float], output: int) -> list[float]:
+        y = layer.forward(array(x), training=False)
+        return [float(y[k, output]) for k in range(len(x))]
+
+    def gradient(x: list[float], output: int) -> list[float]:
+        layer.forward(array(x))
+        row = [float(k == output) for k in range(count)]
+        dx = layer.backward(xp.asarray([row] * len(x), dtype=xp.float32))
+        return [float(dx[k, output % columns]) for k in range(len(x))]
+
+    return [
+        _Output(
+            {
+                "forward": functools.partial(forward, output=output),
+                "gradient": functools.partial(gradient, output=output),
+            },
+            mirrored=output >= columns,
+        )
+        for output in range(count)
+    ]
+
+
+def _draw_bounds(ax: Any, layer: RReLU, piece: tuple[float, float], chosen: list[str]) -> None:
+    """Shade what RReLU may draw in training."""
+    lower, upper = layer.bounds
+    for curve in chosen:
+        ends = [1.0, 1.0] if curve == "gradient" else piece
+        ax.fill_between(
+            piece,
+            [lower * end for end in ends],
+            [upper * end for end in ends],
+            color=_LIGHT,
+            linewidth=0,
+            zorder=0.5,
+            label="in training" if curve == chosen[0] else None,
+        )
 
 
 def _draw(
     ax: Any,
     function: Callable[[list[float]], list[float]],
     pieces: list[tuple[float, float]],
+    left_has_it: list[bool],
     style: dict[str, Any],
 ) -> None:
-    """Draw a function, and dots where one piece does not go on where the last has ended."""
+    """Draw a function, and dots where one piece does not go on where the last has ended.
+
+    `left_has_it` tells for each such place whether it is of the piece on its left.
+    """
     ends = []
     for number, (first, last) in enumerate(pieces):
         x = [first, *np.linspace(first, last, 33).tolist()[1:-1], last]
         y = function(x)
-        line = {key: style[key] for key in ("color", "linestyle")}
-        ax.plot(x, y, **line, linewidth=1.8, label=style["label"] if number == 0 else None)
+        line = {key: style[key] for key in ("color", "linestyle", "linewidth")}
+        ax.plot(x, y, **line, label=style["label"] if number == 0 else None)
         ends.append(((x[0], y[0]), (x[-1], y[-1])))
     extent = max(abs(y) for piece in ends for _, y in piece) or 1.0
     for number, ((_, left), (right, _)) in enumerate(itertools.pairwise(ends)):
         if math.isclose(left[1], right[1], rel_tol=0, abs_tol=1e-3 * extent):
             continue
-        left_has_it = number == 0  # the knee is of the lower piece, the ceiling of the upper
-        for (x0, y0), filled in ((left, left_has_it), (right, not left_has_it)):
+        for (x0, y0), filled in ((left, left_has_it[number]), (right, not left_has_it[number])):
             ax.plot(
                 [x0],
                 [y0],

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
-from relu_xp.activation import ONE, ZERO, Activation, activation_of
+from relu_xp.activation import ONE, ZERO, Activation, activation_of, real
 from relu_xp.backends import Backend
 from relu_xp.checks import check_out, check_place, check_shape, fitting, serving, whole
 from relu_xp.functional import forward, forward_saving
@@ -297,12 +297,7 @@ def rrelu_vjp(
 
 def mean_slope(lower: float, upper: float) -> Activation:
     """Check the bounds of RReLU's slopes, and return the member that it is in evaluation."""
-    for name, value in (("lower", lower), ("upper", upper)):
-        try:
-            activation_of(value, ZERO, ONE, None)
-        except (TypeError, ValueError) as error:
-            message = str(error).replace("negative_slope", name, 1)
-            raise type(error)(message) from None
+    lower, upper = real("lower", lower), real("upper", upper)
     if lower > upper:
         raise ValueError(f"lower must not be above upper, got lower={lower}, upper={upper}")
     return activation_of(lower + (upper - lower) / 2, ZERO, ONE, None)

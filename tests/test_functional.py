@@ -45,22 +45,32 @@ def test_presets_are_relu_with_one_number_set():
 
 @pytest.mark.parametrize("name", [n for n in relu_xp.__all__ if n.islower() and n != "warmup"])
 def test_arrays_are_positional_only_and_options_keyword_only(name):
-    own = {"leaky_relu": "negative_slope", "clipped_relu": "max_value"}
-    own["thresholded_relu"] = "threshold"
-    keywords = {"negative_slope", "threshold", "positive_slope", "max_value", "out"}
-    if name == "relu6":
-        keywords -= {"max_value"}
-    if name == "relu_vjp":
-        keywords |= {"mask"}
+    numbers = {"negative_slope", "threshold", "positive_slope", "max_value"}
+    own = {
+        "leaky_relu": {"negative_slope"},
+        "clipped_relu": {"max_value"},
+        "thresholded_relu": {"threshold"},
+        "rrelu": {"lower", "upper"},
+        "rrelu_vjp": {"lower", "upper"},
+    }.get(name, set())
+    options = {
+        "relu6": numbers - {"max_value"},
+        "relu_vjp": numbers | {"mask"},
+        "prelu": {"axis"},
+        "rrelu": {"rng", *own},
+        "crelu": {"axis"},
+        "squared_relu": set(),
+    }
+    expected = options.get(name, options.get(name.removesuffix("_vjp"), numbers)) | {"out"}
     parameters = inspect.signature(getattr(relu_xp, name)).parameters
     for parameter in parameters.values():
-        if parameter.name in ("x", "dy"):
+        if parameter.name in ("x", "dy", "weight"):
             assert parameter.kind is parameter.POSITIONAL_ONLY
-        elif parameter.name == own.get(name):
+        elif parameter.name in own:
             assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD
         else:
             assert parameter.kind is parameter.KEYWORD_ONLY
-    assert keywords == set(parameters) - {"x", "dy"}
+    assert expected == set(parameters) - {"x", "dy", "weight"}
 
 
 @pytest.mark.parametrize(

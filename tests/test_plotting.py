@@ -47,6 +47,36 @@ def test_what_is_drawn_is_what_the_layer_computes():
             assert dots == {(1, 0.5): True, (1, 2): False, (4, 2): False, (4, 0): True}
 
 
+def test_prelu_has_a_line_for_each_channel():
+    layer = relu_xp.PReLU(2)
+    layer.params[0][:] = [0.0, -0.5]
+    curves, dots = lines(plotting.plot(layer, curves="gradient"))
+    assert [set(points[:, 1]) for points in curves] == [{0}, {1}, {-0.5}, {1}]
+    assert dots == {(0, 0): True, (0, -0.5): True, (0, 1): False}
+    assert layer.params[0].tolist() == [0, -0.5]
+
+
+def test_rrelu_is_drawn_in_evaluation_with_what_training_may_draw():
+    layer = relu_xp.RReLU(0.25, 0.75)
+    state = layer.rng.bit_generator.state
+    axes = plotting.plot(layer, curves="gradient")
+    curves, _ = lines(axes)
+    assert [set(points[:, 1]) for points in curves] == [{0.5}, {1}]
+    (band,) = axes.collections
+    extent = band.get_paths()[0].get_extents()
+    assert (extent.y0, extent.y1, extent.x1) == (0.25, 0.75, 0)
+    assert layer.rng.bit_generator.state == state
+
+
+def test_crelus_halves_are_mirrored():
+    axes = plotting.plot(relu_xp.CReLU(axis=3), curves="gradient")
+    curves, dots = lines(axes)
+    assert [set(points[:, 1]) for points in curves] == [{0}, {1}, {-1}, {0}]
+    assert dots == {(0, 0): True, (0, 1): False, (0, -1): False}
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["f'(x)", "f'(x), 2nd half"]
+
+
 def test_both_are_told_apart_without_colour():
     axes = plotting.plot(relu_xp.ReLU())
     assert axes.get_xlabel() == "x"
@@ -91,15 +121,23 @@ def test_every_library_draws_the_same(require, tmp_path, backend):
             np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
+NUMBERS = {  # of the layers that have others: what is given, and what is then shown
+    "LeakyReLU": (["--negative-slope", "0.25"], "LeakyReLU(0.25)"),
+    "PReLU": (["--init", "0.5"], "PReLU(1, init=0.5, axis=1)"),
+    "RReLU": (["--lower", "0", "--upper", "0.5"], "RReLU(0.0, 0.5)"),
+    "CReLU": ([], "CReLU(axis=1)"),
+    "SquaredReLU": ([], "SquaredReLU()"),
+}
+
+
 @pytest.mark.parametrize("layer", layers.__all__)
 @pytest.mark.parametrize("suffix", plotting.FORMATS)
 def test_the_command_line(tmp_path, capsys, layer, suffix):
     files = [tmp_path / f"{number}{suffix}" for number in range(2)]
     for file in files:
-        command = ["plot", layer, "--negative-slope", "0.25", "--backend", "numpy", "-o", str(file)]
-        assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert "negative_slope=0.25" in printed or "LeakyReLU(0.25)" in printed
+        numbers, shown = NUMBERS.get(layer, (["--negative-slope", "0.25"], "negative_slope=0.25"))
+        assert main(["plot", layer, *numbers, "--backend", "numpy", "-o", str(file)]) == 0
+    assert shown in capsys.readouterr().out
     assert files[0].read_bytes() == files[1].read_bytes()
     if suffix == ".png":
         from matplotlib import image

@@ -534,7 +534,7 @@ def test_a_layer_is_its_functions(xp, layer):
             wanted, pullback = relu_xp.prelu_vjp(xp.array(host), layer.params[0], axis=axis)
         elif isinstance(layer, RReLU):
             rng = seed if training else None
-            wanted, pullback = relu_xp.rrelu_vjp(xp.array(host), *layer._bounds, rng=rng)
+            wanted, pullback = relu_xp.rrelu_vjp(xp.array(host), *layer.bounds, rng=rng)
         elif isinstance(layer, CReLU):
             axis = 1 if layer.forward(x, training=False).shape[1] == 20 else 0
             wanted, pullback = relu_xp.crelu_vjp(xp.array(host), axis=axis)
