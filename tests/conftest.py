@@ -14,6 +14,7 @@ import sys
 import textwrap
 
 import pytest
+import support
 from libraries import LIBRARIES, parameter
 
 
@@ -27,6 +28,19 @@ def pytest_addoption(parser):
         action="store_true",
         help="fail, instead of skip, where anything but a CUDA device is absent",
     )
+    group.addoption(
+        "--ran", metavar="FILE", help="write what ran over which library (tests/support.py)"
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--ran"):
+        config.pluginmanager.register(support.Ran(config.getoption("--ran")))
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.user_properties += support.properties_of(item)
 
 
 def unavailable(config, reason, gpu=False):

@@ -13,7 +13,7 @@ from conftest import unavailable
 from libraries import LIBRARIES
 
 import relu_xp
-from relu_xp import functional, layers
+from relu_xp import functional, layers, variants
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -38,10 +38,10 @@ def test_blocks_run(number, request):
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
 
 
-@pytest.mark.parametrize("module", [functional, layers])
+@pytest.mark.parametrize("module", [functional, layers, variants])
 def test_docstring_examples(module):
     failed, tried = doctest.testmod(module)
     assert tried > 0
