@@ -10,11 +10,11 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 from libraries import LIBRARIES
 
 import relu_xp
+from relu_xp.testing import oracle
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 INTEGERS = tuple(f"{sign}int{width}" for sign in ("", "u") for width in (8, 16, 32, 64))

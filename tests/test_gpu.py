@@ -6,13 +6,13 @@ import itertools
 import math
 
 import numpy as np
-import oracle
 import pytest
 from conftest import unavailable
 from libraries import LIBRARIES
 from test_cupy_kernels import check_bits, run_all
 
 import relu_xp
+from relu_xp.testing import oracle
 
 pytestmark = pytest.mark.gpu
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import relu_xp
 from relu_xp import mask as masks
+from relu_xp.testing import oracle
 
 MEMBERS = ("relu", "everything", "relu6", "tiny-slope-clipped")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch")

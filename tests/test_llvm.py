@@ -15,7 +15,6 @@ import tracemalloc
 from unittest import mock
 
 import numpy as np
-import oracle
 import pytest
 from conftest import unavailable
 from libraries import LIBRARIES, serving_numpy
@@ -29,6 +28,7 @@ from relu_xp.backends import numpy as numpy_backend
 from relu_xp.backends.llvm import engine, kernels, runtime
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.mask import pack, unpack
+from relu_xp.testing import oracle
 
 LINE = 64
 NEVER = 1 << 62

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 
 import relu_xp
 from relu_xp.backends import numpy as backend
+from relu_xp.testing import oracle
 
 
 @pytest.fixture(params=["numpy.maximum", "integers"])
