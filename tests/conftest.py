@@ -17,13 +17,11 @@ import pytest
 import support
 from libraries import LIBRARIES, parameter
 
+pytest_plugins = ["relu_xp.testing"]  # --require-gpu; `xp` below takes the place of its own
+
 
 def pytest_addoption(parser):
-    group = parser.getgroup("relu_xp")
-    group.addoption(
-        "--require-gpu", action="store_true", help="fail, instead of skip, without a CUDA device"
-    )
-    group.addoption(
+    parser.getgroup("relu_xp").addoption(
         "--no-skip",
         action="store_true",
         help="fail, instead of skip, where anything but a CUDA device is absent",
@@ -109,6 +107,12 @@ def refused(capsys):
         return err.removeprefix(start).rstrip("\n")
 
     return check
+
+
+@pytest.fixture
+def library(xp):
+    """The same, under the name that the conformance suite gives it."""
+    return xp
 
 
 @pytest.fixture(scope="session")

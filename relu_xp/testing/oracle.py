@@ -87,6 +87,8 @@ class Format:
         Bits, in all and of the fraction.
     sign, infinity : int
         Bit patterns: the sign alone, and of +inf.
+    unit_shift : int
+        The smallest subnormal is 2 to minus this.
     """
 
     def __init__(self, dtype: str) -> None:
@@ -95,6 +97,8 @@ class Format:
         self.unsigned = np.dtype(f"u{self.width // 8}")
         precision = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}[dtype]
         self.fraction = precision - 1
+        bias = (1 << (self.width - 2 - self.fraction)) - 1
+        self.unit_shift = bias + self.fraction - 1
         self.sign = 1 << (self.width - 1)
         self.infinity = self.sign - (1 << self.fraction)
 
@@ -136,12 +140,6 @@ class Format:
         # Units of the format are 2**-shift.
         return self.encode(sign, abs(values[0] * values[1]), self.unit_shift)
 
-    @property
-    def unit_shift(self) -> int:
-        """The smallest subnormal is 2 to minus this."""
-        bias = (1 << (self.width - 2 - self.fraction)) - 1
-        return bias + self.fraction - 1
-
     def round(self, number: float) -> int:
         """Return the bits of a real number, rounded to nearest, ties to even."""
         top, bottom = abs(number).as_integer_ratio()
@@ -166,28 +164,26 @@ class Member:
         self.negative_slope = form.round(negative_slope)
         self.positive_slope = form.round(positive_slope)
         self.ceiling_bits = None if max_value is None else form.round(max_value)
+        self.ceiling = None if self.ceiling_bits is None else form.value(self.ceiling_bits)
+        self.flat = form.value(self.negative_slope) == 0
+        self.itself = self.positive_slope == form.round(1.0)
 
     def low(self, bits: int) -> int | None:
         """Return a*x, or 0 for a = 0."""
-        if self.form.value(self.negative_slope) == 0:
-            return 0
-        return self.form.product(self.negative_slope, bits)
+        return 0 if self.flat else self.form.product(self.negative_slope, bits)
 
     def high(self, bits: int) -> int | None:
         """Return b*x, or x for b = 1."""
-        if self.positive_slope == self.form.round(1.0):
-            return bits
-        return self.form.product(self.positive_slope, bits)
+        return bits if self.itself else self.form.product(self.positive_slope, bits)
 
     def piece(self, bits: int) -> int:
         """Return 0 where x <= t, 2 at the ceiling, else 1."""
         value, threshold = self.form.value(bits), self.threshold
         if value is not None and threshold is not None and value <= threshold:
             return 0
-        high = self.high(bits)
-        if self.ceiling_bits is not None and high is not ANY_NAN:
-            scaled, ceiling = self.form.value(high), self.form.value(self.ceiling_bits)
-            if scaled is not None and ceiling is not None and scaled >= ceiling:
+        if self.ceiling is not None and (high := self.high(bits)) is not ANY_NAN:
+            scaled = self.form.value(high)
+            if scaled is not None and scaled >= self.ceiling:
                 return 2
         return 1
 
