@@ -69,7 +69,11 @@ def pytest_generate_tests(metafunc):
         return
     marker = metafunc.definition.get_closest_marker("libraries")
     wanted = marker.args if marker else ()
-    chosen = [one for one in LIBRARIES.values() if all(getattr(one, kind) for kind in wanted)]
+    names = metafunc.config.getoption("--xp") or LIBRARIES
+    if unknown := set(names) - set(LIBRARIES):
+        raise pytest.UsageError(f"--xp: {unknown} not among {', '.join(LIBRARIES)}")
+    chosen = [LIBRARIES[name] for name in names]
+    chosen = [one for one in chosen if all(getattr(one, kind) for kind in wanted)]
     if "dtype" in metafunc.fixturenames:
         pairs = [parameter(one, dtype) for one in chosen for dtype in one.dtypes]
         metafunc.parametrize(("xp", "dtype"), pairs, indirect=["xp"])

@@ -66,7 +66,7 @@ class Library:
     ----------
     name : str
     dtypes : tuple of str
-        The floating dtypes that it has and exchanges with NumPy.
+        The floating dtypes that it has, keeps, and exchanges with NumPy.
     subnormals : bool
         Whether its own operations keep them.
     payloads : bool
@@ -94,7 +94,9 @@ class Library:
     def _has(self, dtype: str) -> bool:
         host = np.ones(1, oracle.DTYPES[dtype])
         try:
-            return bool(self.numpy(self.array(host)).dtype == host.dtype)
+            x = self.array(host)
+            kept = self._xp.where(x <= 0, 0.0, x)  # Dask does not keep bfloat16
+            return bool(self.numpy(x).dtype == self.numpy(kept).dtype == host.dtype)
         except Exception:  # whatever a library raises at what it does not know
             return False
 

@@ -234,7 +234,7 @@ class _Subject:
             if one.gap > max(2 * one.allowed, smooth):
                 wrong.clear()
                 continue
-            if abs(got - one.slope) <= one.allowed:
+            if abs(got - one.slope) <= one.allowed + one.gap / 2:
                 return True
             wrong.append(one.slope)
             if len(wrong) == 2:  # the first step may just have reached a knee
