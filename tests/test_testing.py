@@ -249,6 +249,8 @@ def test_what_cannot_be_checked_is_refused():
     ):
         with pytest.raises(error, match=message):
             check_gradient(relu_xp.ReLU(), bad)
+    with pytest.raises(TypeError, match="check_gradient: a layer takes x alone; give its numbers"):
+        check_gradient(relu_xp.ReLU(), x, negative_slope=0.5)
     with pytest.raises(ValueError, match=r"dy has shape \(3,\), y has \(2,\)"):
         check_gradient(relu_xp.ReLU(), x, dy=np.ones(3))
     narrow = Layer(lambda dy, x: dy, lambda x: x + np.ones(2, np.float16) * (1 / (x.itemsize == 2)))

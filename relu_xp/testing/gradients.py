@@ -147,6 +147,11 @@ class _Subject:
         if getattr(relu_xp, own, None) is function:
             self._name = own
             self._know(own)
+        elif _is_layer(function) and (arguments or options):
+            raise TypeError(
+                "check_gradient: a layer takes x alone; give its numbers when it is made, or a "
+                "function that returns (y, pullback)"
+            )
         elif callable(function) or _is_layer(function):
             self._name = getattr(function, "__qualname__", None) or repr(function)
             if _is_ours(function):
