@@ -137,11 +137,13 @@ def dtype(request: pytest.FixtureRequest, library: Library) -> str:
     return name
 
 
-def _array_of(library: Library, patterns: _Host, dtype: str) -> Any:
+def array_of(library: Library, patterns: _Host, dtype: str) -> Any:
+    """Return an array of the library with these bit patterns."""
     return library.array(patterns.view(oracle.DTYPES[dtype]))
 
 
-def _check(library: Library, result: Any, expected: oracle.Expected, *inputs: _Host) -> None:
+def check(library: Library, result: Any, expected: oracle.Expected, *inputs: _Host) -> None:
+    """Raise AssertionError unless a result has the bits expected, as far as the library can."""
     expected.check(
         library.numpy(result),
         *inputs,
@@ -154,16 +156,16 @@ def _check(library: Library, result: Any, expected: oracle.Expected, *inputs: _H
 def test_forward(library: Library, dtype: str, member: str) -> None:
     """F1 to F4, N1: f(x) of every bit pattern, or of many."""
     patterns = oracle.patterns(dtype)
-    y = relu_xp.relu(_array_of(library, patterns, dtype), **oracle.MEMBERS[member])
-    _check(library, y, oracle.forward(dtype, member), patterns)
+    y = relu_xp.relu(array_of(library, patterns, dtype), **oracle.MEMBERS[member])
+    check(library, y, oracle.forward(dtype, member), patterns)
 
 
 @_each_member
 def test_grad(library: Library, dtype: str, member: str) -> None:
     """G1, G2, G4: f'(x) likewise."""
     patterns = oracle.patterns(dtype)
-    g = relu_xp.relu_grad(_array_of(library, patterns, dtype), **oracle.MEMBERS[member])
-    _check(library, g, oracle.gradient(dtype, member), patterns)
+    g = relu_xp.relu_grad(array_of(library, patterns, dtype), **oracle.MEMBERS[member])
+    check(library, g, oracle.gradient(dtype, member), patterns)
 
 
 @_each_member
@@ -173,24 +175,24 @@ def test_backward_from_input(library: Library, dtype: str, member: str) -> None:
     for other in library.dtypes:
         gradients = oracle.gradients(other, patterns.size)
         dx = relu_xp.relu_backward(
-            _array_of(library, gradients, other),
-            _array_of(library, patterns, dtype),
+            array_of(library, gradients, other),
+            array_of(library, patterns, dtype),
             **oracle.MEMBERS[member],
         )
-        _check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
+        check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
 
 
 @_each_member
 def test_vjp(library: Library, dtype: str, member: str) -> None:
     """The same from what was saved; a pullback may be called any number of times."""
     patterns = oracle.patterns(dtype)
-    x = _array_of(library, patterns, dtype)
+    x = array_of(library, patterns, dtype)
     y, pullback = relu_xp.relu_vjp(x, **oracle.MEMBERS[member])
-    _check(library, y, oracle.forward(dtype, member), patterns)
+    check(library, y, oracle.forward(dtype, member), patterns)
     for other in (*library.dtypes, library.dtypes[0]):
         gradients = oracle.gradients(other, patterns.size)
-        dx = pullback(_array_of(library, gradients, other))
-        _check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
+        dx = pullback(array_of(library, gradients, other))
+        check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
 
 
 def test_rows_by_hand(library: Library, dtype: str) -> None:
@@ -223,11 +225,11 @@ def test_a_long_array_agrees_with_a_short_one(library: Library, dtype: str) -> N
     short = oracle.specials(dtype)
     for member in ("relu", "everything"):
         numbers = oracle.MEMBERS[member]
-        y = library.numpy(relu_xp.relu(_array_of(library, short, dtype), **numbers))
+        y = library.numpy(relu_xp.relu(array_of(library, short, dtype), **numbers))
         long = np.tile(short, -(-150_001 // short.size))[:150_001]
-        x = _array_of(library, long, dtype)
+        x = array_of(library, long, dtype)
         z, pullback = relu_xp.relu_vjp(x, **numbers)
-        dy = _array_of(library, oracle.gradients(dtype, long.size), dtype)
+        dy = array_of(library, oracle.gradients(dtype, long.size), dtype)
         dx = library.numpy(pullback(dy))
         again = library.numpy(relu_xp.relu_backward(dy, x, **numbers))
         np.testing.assert_array_equal(

@@ -154,8 +154,8 @@ class _Subject:
             )
         elif callable(function) or _is_layer(function):
             self._name = getattr(function, "__qualname__", None) or repr(function)
-            if _is_ours(function):
-                self.activation = getattr(function, "activation", None)
+            if isinstance(function, relu_xp.ReLU) and _is_ours(function):
+                self.activation = function.activation
         else:
             raise _no_function(function)
         self._given = [_Operand("x", x)]
