@@ -417,6 +417,24 @@ def test_the_suite_over_our_own_libraries_is_the_whole_suite():
     assert len(tests) >= 19
 
 
+@pytest.mark.parametrize(
+    ("name", "dtypes", "exact"),
+    [
+        ("numpy", tuple(oracle.DTYPES), True),
+        ("array_api_strict", ("float32", "float64"), True),
+        ("torch", ("float16", "float32", "float64"), True),
+        ("jax", ("float16", "bfloat16", "float32"), False),
+    ],
+)
+def test_what_a_library_can_do_is_found_out(name, dtypes, exact, require):
+    """A limit that is seen where there is none would hide what the suite is to find."""
+    require(name)
+    library = conformance.Library(dispatch.namespace(name))
+    assert library.dtypes[: len(dtypes)] == dtypes  # JAX has float64 too if it has been told
+    assert library.subnormals == exact
+    assert library.payloads == exact
+
+
 def test_the_oracle_shares_nothing_with_what_it_judges():
     tree = ast.parse(Path(oracle.__file__).read_text())
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]

@@ -66,7 +66,7 @@ class Library:
     ----------
     name : str
     dtypes : tuple of str
-        The floating dtypes that it has, keeps, and exchanges with NumPy.
+        The floating dtypes that it has and exchanges with NumPy.
     subnormals : bool
         Whether its own operations keep them.
     payloads : bool
@@ -94,17 +94,16 @@ class Library:
     def _has(self, dtype: str) -> bool:
         host = np.ones(1, oracle.DTYPES[dtype])
         try:
-            x = self.array(host)
-            kept = self._xp.where(x <= 0, 0.0, x)  # Dask does not keep bfloat16
-            return bool(self.numpy(x).dtype == self.numpy(kept).dtype == host.dtype)
+            return bool(self.numpy(self.array(host)).dtype == host.dtype)
         except Exception:  # whatever a library raises at what it does not know
             return False
 
     def _keeps_subnormals(self, dtype: str) -> bool:
         form = oracle.Format(dtype)
         normal = np.array([1 << form.fraction], form.unsigned)
-        half = self._bits(self.array(normal.view(form.dtype)) * 0.5, form)
-        return self._keeps(normal >> 1, form) and bool(half[0] == normal[0] >> 1)
+        half = self.array(np.full(1, 0.5, form.dtype))
+        product = self.numpy(self.array(normal.view(form.dtype)) * half).view(form.unsigned)
+        return self._keeps(normal >> 1, form) and np.array_equal(product, normal >> 1)
 
     def _keeps_payloads(self, dtype: str) -> bool:
         form = oracle.Format(dtype)
@@ -113,10 +112,8 @@ class Library:
 
     def _keeps(self, bits: _Host, form: oracle.Format) -> bool:
         x = self.array(bits.view(form.dtype))
-        return np.array_equal(self._bits(self._xp.where(x <= 0, 0.0, x), form), bits)
-
-    def _bits(self, x: Any, form: oracle.Format) -> _Host:
-        return self.numpy(x).view(form.unsigned)
+        kept = self.numpy(self._xp.where(x <= 0, self._xp.zeros_like(x), x))
+        return np.array_equal(kept.view(form.unsigned), bits)
 
 
 _library = functools.cache(Library)
