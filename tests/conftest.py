@@ -21,7 +21,8 @@ pytest_plugins = ["relu_xp.testing"]  # --require-gpu; `xp` below takes the plac
 
 
 def pytest_addoption(parser):
-    parser.getgroup("relu_xp").addoption(
+    group = parser.getgroup("relu_xp")
+    group.addoption(
         "--no-skip",
         action="store_true",
         help="fail, instead of skip, where anything but a CUDA device is absent",

@@ -8,12 +8,13 @@ import pickle
 from fractions import Fraction
 
 import numpy as np
-import oracle
 import pytest
-from test_truth_table import array_of, check, is_nan
 
 import relu_xp
 from relu_xp import CReLU, PReLU, RReLU, SquaredReLU
+from relu_xp.testing import oracle
+from relu_xp.testing.conformance import array_of, check
+from relu_xp.testing.oracle import is_nan
 
 # Members of the oracle's that a negative slope alone describes.
 SLOPES = {name: oracle.MEMBERS[name] for name in ("relu", "leaky", "steep", "tiny-slope")}
@@ -38,13 +39,13 @@ def test_prelu_obeys_the_table(xp, dtype, member):
     patterns = oracle.patterns(dtype)
     x = array_of(xp, patterns, dtype)
     weight = weight_of(xp, SLOPES[member].get("negative_slope", 0.0))
-    check(xp, relu_xp.prelu(x, weight, axis=0), oracle.forward(dtype, member), dtype, patterns)
+    check(xp, relu_xp.prelu(x, weight, axis=0), oracle.forward(dtype, member), patterns)
     y, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
-    check(xp, y, oracle.forward(dtype, member), dtype, patterns)
+    check(xp, y, oracle.forward(dtype, member), patterns)
     for other in xp.dtypes:
         gradients = oracle.gradients(other, patterns.size)
         dx, _ = pullback(array_of(xp, gradients, other))
-        check(xp, dx, oracle.backward(dtype, other, member), other, gradients, patterns)
+        check(xp, dx, oracle.backward(dtype, other, member), gradients, patterns)
 
 
 @pytest.mark.parametrize(
@@ -234,10 +235,10 @@ def test_rrelu_with_equal_bounds_is_leaky(xp, dtype):
     for member in ("relu", "leaky"):
         slope = SLOPES[member].get("negative_slope", 0.0)
         y, pullback = relu_xp.rrelu_vjp(x, slope, slope, rng=np.random.default_rng(0))
-        check(xp, y, oracle.forward(dtype, member), dtype, patterns)
+        check(xp, y, oracle.forward(dtype, member), patterns)
         gradients = oracle.gradients(dtype, patterns.size)
         dx = pullback(array_of(xp, gradients, dtype))
-        check(xp, dx, oracle.backward(dtype, dtype, member), dtype, gradients, patterns)
+        check(xp, dx, oracle.backward(dtype, dtype, member), gradients, patterns)
 
 
 def test_rrelu_takes_a_function_of_a_shape(require):
@@ -286,7 +287,7 @@ def test_crelu_obeys_the_table(xp, dtype):
     y, pullback = relu_xp.crelu_vjp(x, axis=0)
     twice = np.concatenate([patterns, patterns])
     for result in (relu_xp.crelu(x, axis=0), y):
-        check(xp, result, oracle.Expected(form, [*halves[0], *halves[1]]), dtype, twice)
+        check(xp, result, oracle.Expected(form, [*halves[0], *halves[1]]), twice)
     for other in xp.dtypes:
         dy = oracle.gradients(other, 2 * patterns.size)
         first, second = dy[: patterns.size], dy[patterns.size :]
@@ -305,7 +306,7 @@ def test_crelu_obeys_the_table(xp, dtype):
         nan = is_nan(form, patterns)  # there it is a difference, and that is tested below
         got = bits(xp, dx)
         skipped = np.where(nan, wanted.bits, got)
-        check(xp, array_of(xp, skipped, other), wanted, other, first, second, patterns)
+        check(xp, array_of(xp, skipped, other), wanted, first, second, patterns)
 
 
 def test_crelus_gradient_at_nan_is_the_difference(xp, dtype):
@@ -363,15 +364,13 @@ def test_squared_relu_obeys_the_table(xp, dtype):
     ]
     y, pullback = relu_xp.squared_relu_vjp(x)
     for result in (relu_xp.squared_relu(x), y):
-        check(xp, result, oracle.Expected(form, expected), dtype, patterns)
+        check(xp, result, oracle.Expected(form, expected), patterns)
     dy = oracle.gradients(dtype, patterns.size)
     expected = [
         twice_product(form, left, right) if numbers.piece(left) else 0
         for left, right in zip(patterns.tolist(), dy.tolist(), strict=True)
     ]
-    check(
-        xp, pullback(array_of(xp, dy, dtype)), oracle.Expected(form, expected), dtype, dy, patterns
-    )
+    check(xp, pullback(array_of(xp, dy, dtype)), oracle.Expected(form, expected), dy, patterns)
 
 
 def twice_product(form, left, right):
