@@ -30,7 +30,7 @@ from relu_xp.backends import threads
 __all__ = ["main"]
 
 # Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
-_OPTIONAL = ("ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
+_OPTIONAL = ("distributed", "ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 
 _NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value", "init", "lower", "upper")
 

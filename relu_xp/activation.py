@@ -110,7 +110,14 @@ class Activation:
         ValueError
             If the dtype is an integer one that cannot hold the numbers.
         """
-        rounded = self.rounded[type(dtype), dtype] = Rounded(self, dtype_name)
+        rounded = self.rounded[type(dtype), dtype] = self.held_by(dtype_name)
+        return rounded
+
+    def held_by(self, dtype_name: str) -> Rounded:
+        """Return the one `Rounded` of a dtype's name, whichever library's it is. See `round_to`."""
+        rounded = self.rounded.get(dtype_name)
+        if rounded is None:  # another thread may be as far
+            rounded = self.rounded.setdefault(dtype_name, Rounded(self, dtype_name))
         return rounded
 
 
@@ -206,10 +213,13 @@ def limits(dtype_name: str) -> tuple[float, float]:
 class Rounded:
     """An activation's numbers as one dtype holds them, with their bit patterns.
 
-    Compared by identity, so that a backend may key what it derives from them by the object.
+    Compared by identity, so that a backend may key what it derives from them by the object: there
+    is one for an activation and a dtype's name in a process, and unpickling finds that.
 
     Attributes
     ----------
+    activation : Activation
+        The numbers as they were given.
     dtype_name : str
         For example ``"bfloat16"``.
     floating : bool
@@ -230,6 +240,7 @@ class Rounded:
     """
 
     __slots__ = (
+        "activation",
         "ceiling_bits",
         "dtype_name",
         "floating",
@@ -245,6 +256,7 @@ class Rounded:
     )
 
     def __init__(self, activation: Activation, dtype_name: str) -> None:
+        self.activation = activation
         self.dtype_name = dtype_name
         self.floating = dtype_name in _FLOATING
         if self.floating:
@@ -280,6 +292,9 @@ class Rounded:
             self.infinity_bits = form.bits(math.inf)
             self.threshold_bits = form.bits(t)
             self.ceiling_bits = 0 if c is None else form.bits(c or -0.0)
+
+    def __reduce__(self) -> tuple[Any, tuple[Activation, str]]:
+        return Activation.held_by, (self.activation, self.dtype_name)
 
     def bits(self, value: float) -> int:
         """Return the bit pattern of a number that the dtype, a floating one, holds."""

@@ -6,6 +6,7 @@ before a backend is called, so that a refused call has written nothing.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -97,10 +98,17 @@ def check_shape(
     function: str, argument: str, array: Any, shape: tuple[int, ...], seen: str
 ) -> None:
     """Refuse an array of another shape than the one seen before."""
-    if array.shape != shape:
+    if array.shape != shape and _differ(array.shape, shape):
         raise ValueError(
             f"{function}: {argument} has shape {tuple(array.shape)}, {seen} {tuple(shape)}"
         )
+
+
+def _differ(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Tell whether two shapes differ as far as they are known: Dask has NaN for lengths to come."""
+    return len(one) != len(other) or any(
+        a != b for a, b in zip(one, other, strict=True) if not math.isnan(a + b)
+    )
 
 
 def check_out(

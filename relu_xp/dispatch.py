@@ -41,7 +41,7 @@ JIT = "RELU_XP_JIT"  # environment variable: 0 switches off what is compiled for
 
 BACKENDS: dict[type, Backend] = {}
 
-_BUILT_IN = {"numpy": "relu_xp.backends.numpy", "cupy": "relu_xp.backends.cupy"}
+_BUILT_IN = {name: f"relu_xp.backends.{name}" for name in ("numpy", "cupy", "dask")}
 COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
 _GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}

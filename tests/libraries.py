@@ -200,6 +200,34 @@ class Jax(Library):
         return np.asarray(x)
 
 
+class Dask(Library):
+    """NumPy arrays cut into chunks, several along each axis."""
+
+    name = "dask"
+    backend = "dask"
+    strided = False
+    writable = False
+
+    def load(self):
+        return _missing("dask.array")
+
+    def array(self, host):
+        import dask.array
+
+        return dask.array.from_array(
+            host.copy(order="K"), chunks=tuple(-(-n // 2) or 1 for n in host.shape)
+        )
+
+    def numpy(self, x):
+        import dask.array
+
+        assert type(x) is dask.array.Array
+        computed = x.compute()
+        assert type(computed) is np.ndarray
+        assert (computed.shape, computed.dtype) == (x.shape, x.dtype)
+        return computed
+
+
 class CupyHost(Library):
     """CuPy's arrays over host memory, its kernels compiled with g++: see cupy_host.py."""
 
@@ -270,7 +298,7 @@ class Cupy(Library):
         return cupy.asnumpy(x)
 
 
-_ALL = (Library, Compiled, Streaming, ArrayApiStrict, Torch, Jax, CupyHost, Cupy)
+_ALL = (Library, Compiled, Streaming, ArrayApiStrict, Torch, Jax, Dask, CupyHost, Cupy)
 LIBRARIES = {library.name: library() for library in _ALL}
 
 

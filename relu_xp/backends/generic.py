@@ -1,9 +1,8 @@
 """The specification, in the standard array API alone: serves every library without its own backend.
 
 Nothing here looks at a value from Python, writes an array or forces a lazy one, so that tracing
-(JAX, ``torch.compile``), automatic differentiation and Dask's graphs go through. The numbers are
-Python scalars that the dtype holds exactly, which the standard combines with an array without
-changing its dtype.
+(JAX, ``torch.compile``) and automatic differentiation go through. The numbers are Python scalars
+that the dtype holds exactly, which the standard combines with an array without changing its dtype.
 """
 
 from __future__ import annotations
@@ -173,11 +172,11 @@ def dtype_name(dtype: Any) -> str:
 def place(x: Any) -> tuple[str, Hashable]:
     """Return the library and device.
 
-    JAX and Dask settle devices themselves: an array of theirs may be spread over several, and one
-    that is being traced has none.
+    JAX settles devices itself: an array of its may be spread over several, and one that is being
+    traced has none.
     """
     library = array_api_compat.array_namespace(x, use_compat=False).__name__.partition(".")[0]
-    device = None if library in ("jax", "dask") else array_api_compat.device(x)
+    device = None if library == "jax" else array_api_compat.device(x)
     return library, device
 
 
@@ -188,7 +187,7 @@ def fits(out: Any, like: Any, other: Any) -> bool:
 
 def check_out(out: Any, inputs: Sequence[Any]) -> None:
     """Refuse an `out` that cannot be written, or that overlaps an input without being it."""
-    if not array_api_compat.is_writeable_array(out) or array_api_compat.is_dask_array(out):
+    if not array_api_compat.is_writeable_array(out):
         raise TypeError(
             "cannot be written: its library's arrays are immutable; leave out= or inplace= away"
         )
