@@ -7,6 +7,7 @@ them. What is wrong with a request is one line on stderr and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -132,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
         help="seed for all random numbers (default: %(default)s)",
     )
     command.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="with --backend dask: of the scheduler whose workers are to compute, for example "
+        "tcp://127.0.0.1:8786 (default: threads of this process)",
+    )
+    command.add_argument(
         "--plot", metavar="FILE", help="draw the learning curve into a .png or .svg file"
     )
     command = add(
@@ -228,24 +235,29 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    try:
-        if arguments.plot is not None:
-            try:
-                plotting.check_file(arguments.plot)
-            except (ValueError, OSError) as error:
-                arguments.parser.error(f"argument --plot: {error}")
-        training.require_extra()
-        setting = training.choose(arguments.backend)
-    except (dispatch.LibraryError, training.MissingExtraError) as error:
-        arguments.parser.error(str(error))
+    if arguments.scheduler is not None and arguments.backend != "dask":
+        arguments.parser.error("argument --scheduler: only with --backend dask")
+    with contextlib.ExitStack() as stack:
+        try:
+            if arguments.plot is not None:
+                try:
+                    plotting.check_file(arguments.plot)
+                except (ValueError, OSError) as error:
+                    arguments.parser.error(f"argument --plot: {error}")
+            training.require_extra()
+            if arguments.scheduler is not None:
+                stack.enter_context(training.connected(arguments.scheduler))
+            setting = training.choose(arguments.backend)
+        except (dispatch.LibraryError, training.MissingExtraError) as error:
+            arguments.parser.error(str(error))
 
-    _print_table(
-        {"backend": setting.backend, "device": setting.device, "seed": str(arguments.seed)}
-    )
-    sys.stdout.flush()  # ahead of the progress bar, also where stdout is a file
-    result = training.train(
-        setting.backend, epochs=arguments.epochs, seed=arguments.seed, progress=True
-    )
+        _print_table(
+            {"backend": setting.backend, "device": setting.device, "seed": str(arguments.seed)}
+        )
+        sys.stdout.flush()  # ahead of the progress bar, also where stdout is a file
+        result = training.train(
+            setting.backend, epochs=arguments.epochs, seed=arguments.seed, progress=True
+        )
     _print_table(
         {
             "loss": f"{result.losses[-1]:.4f}",

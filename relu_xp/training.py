@@ -12,10 +12,14 @@ the last bit on one machine and library, and on different libraries they differ 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
+import importlib.util
 import itertools
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +27,7 @@ import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-from relu_xp.dispatch import availability, namespace
+from relu_xp.dispatch import LibraryError, availability, namespace
 from relu_xp.layers import ReLU
 
 __all__ = [
@@ -34,6 +38,7 @@ __all__ = [
     "Result",
     "Setting",
     "choose",
+    "connected",
     "digits",
     "require_extra",
     "train",
@@ -45,8 +50,10 @@ _CLASSES = 10
 _SIDE = 8  # pixels
 _HIDDEN = (128, 128)
 _BATCH = 32
+_CHUNKS = 2  # that Dask cuts a batch into, a power of two; four take twice as long on two workers
 _RATE = 0.1  # the first learning rate; it falls to 0 along a half cosine
 _MOMENTUM = 0.9
+_PATIENCE = 3  # seconds for a scheduler to answer
 _TEST_SHARE = 5  # every fifth image of a class is a test image
 _STILL = 0.5  # the share of training images left unshifted: a pixel is an eighth of the image
 
@@ -66,7 +73,7 @@ class Setting:
     namespace : module
         Its array API namespace.
     device : str
-        The library's default device, in its own words.
+        The library's default device, in its own words; for Dask, who computes.
     """
 
     backend: str
@@ -104,7 +111,7 @@ class Result:
     backend : str
         The array library's name.
     device : str
-        The device that it computed on, in the library's own words.
+        As `Setting` has it.
     seed : int
     losses : tuple of float
         Mean cross-entropy of the training images, in nats, of each epoch.
@@ -207,8 +214,73 @@ def choose(backend: str | None = None) -> Setting:
     if backend is None:
         backend = "cupy" if availability("cupy") is None else "numpy"
     xp = namespace(backend)
-    device = str(array_api_compat.device(xp.empty(0))).strip("<>")
+    if backend == "dask":
+        device = _workers()
+    else:
+        device = str(array_api_compat.device(xp.empty(0))).strip("<>")
     return Setting(backend, xp, device)
+
+
+@contextlib.contextmanager
+def connected(scheduler: str) -> Iterator[None]:
+    """Let Dask compute on the workers of a scheduler; what it would do otherwise, it does after.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address, for example ``"tcp://127.0.0.1:8786"``.
+
+    Raises
+    ------
+    relu_xp.dispatch.LibraryError
+        If Dask cannot be had, no scheduler answers within some seconds, it has no workers, or one
+        of those has no relu_xp.
+    MissingExtraError
+        If distributed is not installed.
+    """
+    namespace("dask")
+    try:
+        distributed = importlib.import_module("distributed")
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a scheduler needs distributed ({error}): pip install distributed"
+        ) from None
+    with contextlib.ExitStack() as stack:
+        try:
+            asyncio.run(_ask(distributed, scheduler))
+            client = stack.enter_context(distributed.Client(scheduler, timeout=_PATIENCE))
+        except (OSError, TypeError, ValueError) as error:
+            reason = (
+                f"no scheduler answers at {scheduler!r}: {str(error) or 'something else listens'}"
+            )
+            raise LibraryError("dask", f"not available: {reason}") from None
+        found = client.run(importlib.util.find_spec, "relu_xp")
+        if not found:
+            raise LibraryError(
+                "dask", f"not available: the scheduler at {scheduler} has no workers"
+            )
+        for worker, spec in found.items():
+            if spec is None:
+                reason = f"relu_xp is not installed for the worker at {worker}"
+                raise LibraryError("dask", f"not available: {reason}")
+        yield
+
+
+async def _ask(distributed: Any, scheduler: str) -> None:
+    """Ask a scheduler who it is: a client waits for ever for what listens and is none."""
+    async with distributed.rpc(scheduler, timeout=_PATIENCE) as remote:
+        await asyncio.wait_for(remote.identity(), _PATIENCE + 1)
+
+
+def _workers() -> str:
+    """Say who computes for Dask: the workers of the current client, or this process."""
+    dask = importlib.import_module("dask")
+    client = getattr(dask.base.get_scheduler(), "__self__", None)
+    if client is None:
+        name = dask.config.get("scheduler", None) or "threads"
+        return f"this machine, scheduler {name!r}, {dask.system.CPU_COUNT} CPUs"
+    threads = client.nthreads()
+    return f"{len(threads)} workers at {client.scheduler.address}, {sum(threads.values())} threads"
 
 
 def require_extra() -> tuple[Any, Any]:
@@ -281,7 +353,9 @@ def train(
     Parameters
     ----------
     backend : str, optional
-        An array library's name, as for `choose`.
+        An array library's name, as for `choose`. With ``"dask"`` the network's arrays are NumPy's:
+        the chunks of a batch go to Dask's current scheduler (a `distributed.Client`, say), the
+        parameters and their update stay here, so that a worker that is lost takes nothing away.
     epochs : int, optional
         How often each training image is seen, at least 1.
     seed : int, optional
@@ -306,15 +380,17 @@ def train(
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     setting = choose(backend)
-    xp = setting.namespace
+    xp, gradient = setting.namespace, _gradient
+    if setting.backend == "dask":  # its workers have the chunks; parameters and update stay here
+        xp, gradient = namespace("numpy"), _gradient_of_chunks
     _, tqdm = require_extra()
 
     rng = np.random.default_rng(seed)
     data = digits(rng)
     images, targets = xp.asarray(data.images), xp.asarray(data.targets)
     test_images, test_labels = xp.asarray(data.test_images), xp.asarray(data.test_labels)
-    network = Network(xp, [xp.asarray(parameter) for parameter in _initial(rng)])
-    velocities = [xp.zeros_like(parameter) for parameter in network.parameters]
+    parameters = [xp.asarray(parameter) for parameter in _initial(rng)]
+    velocities = [xp.zeros_like(parameter) for parameter in parameters]
     steps = len(data.targets) // _BATCH  # whole batches: JAX would compile for another shape
     losses: list[float] = []
     accuracies: list[float] = []
@@ -336,24 +412,21 @@ def train(
             for step, (x, target) in enumerate(batches):
                 share = (epoch + step / steps) / epochs
                 rate = _RATE * (1 + math.cos(math.pi * share)) / 2
-                loss, dy = _cross_entropy(xp, network.forward(x), target)
-                gradients = network.backward(dy)
+                loss, *gradients = gradient(parameters, x, target)
                 velocities = [
                     _MOMENTUM * velocity + gradient
                     for velocity, gradient in zip(velocities, gradients, strict=True)
                 ]
-                network.parameters = [
+                parameters = [
                     parameter - rate * velocity
-                    for parameter, velocity in zip(network.parameters, velocities, strict=True)
+                    for parameter, velocity in zip(parameters, velocities, strict=True)
                 ]
                 total = total + loss
             losses.append(float(total) / steps)  # waits for the device
-            count = len(network.parameters)
-            settled = _settled([*network.parameters, *velocities])
-            network.parameters, velocities = settled[:count], settled[count:]
             seconds.append(time.perf_counter() - start)
 
-            guesses = xp.argmax(network.forward(test_images, training=False), axis=1)
+            logits = Network(xp, parameters).forward(test_images, training=False)
+            guesses = xp.argmax(logits, axis=1)
             hits = xp.sum(xp.astype(guesses == test_labels, xp.int32))
             accuracies.append(int(hits) / len(data.test_labels))
             bar.set_postfix_str(
@@ -388,11 +461,32 @@ def _shifts(rng: np.random.Generator, count: int) -> npt.NDArray[np.int32]:
     return np.where(rng.random(count) < _STILL, np.int32(4), shifts)
 
 
-def _settled(arrays: list[Any]) -> list[Any]:
-    """Return arrays whose values are there: Dask would compute every earlier epoch once more."""
-    if array_api_compat.is_dask_array(arrays[0]):
-        return list(importlib.import_module("dask").persist(*arrays))
-    return arrays
+def _gradient(parameters: list[Any], x: Any, target: Any) -> list[Any]:
+    """Return the mean cross-entropy of a batch, and its gradient by each parameter."""
+    xp = array_api_compat.array_namespace(x)
+    network = Network(xp, parameters)
+    loss, dy = _cross_entropy(xp, network.forward(x), target)
+    return [loss, *network.backward(dy)]
+
+
+def _gradient_of_chunks(parameters: list[Any], x: Any, target: Any) -> list[Any]:
+    """Return the same of NumPy arrays, each chunk of the batch by a task of Dask.
+
+    The tree in which they are summed is the same on any number of workers. All that the tasks need
+    travels with them, so that any worker can take the place of another.
+    """
+    dask = importlib.import_module("dask")
+    shared = dask.delayed(parameters, traverse=False, pure=False)
+    chunks = zip(np.split(x, _CHUNKS), np.split(target, _CHUNKS), strict=True)
+    sums = [dask.delayed(_gradient, pure=False)(shared, *chunk) for chunk in chunks]
+    while len(sums) > 1:
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        sums = [dask.delayed(_add, pure=False)(*pair) for pair in pairs]
+    return [total / _CHUNKS for total in sums[0].compute()]
+
+
+def _add(left: list[Any], right: list[Any]) -> list[Any]:
+    return [a + b for a, b in zip(left, right, strict=True)]
 
 
 def _cross_entropy(xp: Any, logits: Any, target: Any) -> tuple[Any, Any]:
