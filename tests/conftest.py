@@ -49,7 +49,7 @@ def unavailable(config, reason, gpu=False):
     pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def require(request):
     """Return a function that imports a module, or skips (or fails) the test."""
     import importlib

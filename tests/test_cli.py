@@ -104,6 +104,7 @@ def test_options_reach_the_training(require, quick, capsys):
         (["--epochs"], "argument --epochs: expected one argument"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number, 0 or greater"),
         (["--seed", "x\ny"], "argument --seed: 'x\\ny' is not a whole number, 0 or greater"),
+        (["--scheduler", "tcp://a:1"], "argument --scheduler: only with --backend dask"),
         (["--backend", "json"], "backend 'json' is not an array API library"),
         (["--backend", "a\nb"], "backend 'a\\nb' is not installed; there is numpy"),
         (["--backend", "no_such"], "backend 'no_such' is not installed; there is numpy"),
@@ -143,16 +144,27 @@ def test_cupy_without_a_device_says_so(require, refused, request):
         ("matplotlib", ["--plot", "c.png"], r"a picture needs .*: pip install matplotlib"),
         ("torch", ["--backend", "torch"], "backend 'torch' is not installed; there is numpy"),
         ("jax", ["--backend", "jax"], "backend 'jax' is not installed; there is numpy"),
+        (
+            "distributed",
+            ["--backend", "dask", "--scheduler", "tcp://a:1"],
+            r"a scheduler needs distributed .*: pip install distributed",
+        ),
     ],
 )
 def test_a_missing_package_is_one_line(
-    refused, quick, monkeypatch, tmp_path, module, arguments, message
+    require, refused, quick, monkeypatch, tmp_path, module, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.startswith(f"{module}.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
-    if module in ("torch", "jax"):  # the demo's own packages come first, and may be missing too
+    if module == "distributed":
+        require("dask")
+    if module in (
+        "torch",
+        "jax",
+        "distributed",
+    ):  # the demo's own packages come first, and may be missing too
         monkeypatch.setattr(training, "require_extra", lambda: None)
     assert re.match(message, refused("train", *arguments))
     assert quick == []
@@ -315,6 +327,7 @@ def test_info_names_everything(info):
         "CPU",
     ]
     assert found["Versions"]["relu_xp"] == relu_xp.__version__
+    assert "distributed" in found["Versions"]
     assert found["Versions"]["Python"] == ".".join(map(str, sys.version_info[:3]))
     assert list(found["Backends"]) == list(found["Kernels"]) == list(dispatch.LIBRARIES)
     assert set(dispatch.LIBRARIES) >= {"numpy", "cupy", "torch", "jax", "dask", "array_api_strict"}
@@ -441,7 +454,17 @@ def test_a_reader_that_stops_early_is_no_error():
 
 
 def test_the_command_line_loads_no_optional_library():
-    names = ["cupy", "dask", "jax", "matplotlib", "numba", "sklearn", "torch", "tqdm"]
+    names = [
+        "cupy",
+        "dask",
+        "distributed",
+        "jax",
+        "matplotlib",
+        "numba",
+        "sklearn",
+        "torch",
+        "tqdm",
+    ]
     script = f"import sys, relu_xp.__main__; print([n for n in {names} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True

@@ -53,8 +53,8 @@ def cluster_of_two(**settings):
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    pytest.importorskip("distributed")  # seen below; the tests themselves ask by `require`
+def cluster(require):
+    require("distributed")
     with cluster_of_two() as client:
         yield client
 
@@ -459,8 +459,7 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def test_a_cluster_computes_the_same(require, cluster, da):
-    require("distributed")
+def test_a_cluster_computes_the_same(cluster, da):
     host = np.random.default_rng(1).standard_normal((60, 50)).astype(np.float32)
     for numbers in (*NUMBERS, {"threshold": 0.25, "positive_slope": 2.0}):
         x, dy = da.from_array(host, chunks=(16, 25)), da.from_array(host + 1, chunks=(60, 10))
@@ -502,13 +501,12 @@ def numbers_of(result):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster):
-    pytest.importorskip("sklearn"), pytest.importorskip("tqdm")
+def undisturbed(require, cluster):
+    require("sklearn"), require("tqdm")
     return training.train("dask", epochs=2, seed=1)
 
 
-def test_a_cluster_learns_what_numpy_does(require, cluster, undisturbed):
-    require("distributed")
+def test_a_cluster_learns_what_numpy_does(cluster, undisturbed):
     reference = training.train("numpy", epochs=2, seed=1)
     assert undisturbed.losses == pytest.approx(reference.losses, rel=1e-4)
     assert undisturbed.accuracies == pytest.approx(reference.accuracies, abs=0.01)
@@ -525,8 +523,7 @@ def test_threads_learn_the_same_to_the_bit(require, undisturbed):
     assert numbers_of(result) == dataclasses.replace(numbers_of(undisturbed), device=result.device)
 
 
-def test_a_worker_that_is_killed_takes_nothing_away(require, cluster, undisturbed, monkeypatch):
-    require("distributed")
+def test_a_worker_that_is_killed_takes_nothing_away(cluster, undisturbed, monkeypatch):
     workers = cluster.run(os.getpid)
     victim = next(iter(workers.values()))
     steps = []
@@ -573,7 +570,7 @@ def command(*arguments):
 
 
 def test_the_command_line_on_a_cluster(require, cluster):
-    require("distributed"), require("sklearn"), require("tqdm")
+    require("sklearn"), require("tqdm")
     address = cluster.scheduler.address
     result = command("--epochs", "1", "--scheduler", address)
     assert result.returncode == 0, result.stderr
