@@ -89,20 +89,19 @@ def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
     return _map("gradient", (numbers,), (x,))
 
 
-def forward_sloped(x: Any, slopes: Any, out: Any) -> Any:
-    """Return x above 0, ``slopes * x`` elsewhere. See `relu_xp.backends.Backend`."""
-    return _map("forward_sloped", (), (x, _cut_slopes(slopes, x)))
+def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
+    """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`."""
+    like = next(array for array in (x, values, slopes) if array is not None)
+    if values is not None:
+        values = _cut(values, like.chunks)
+    dtype = slopes.dtype if values is None else values.dtype
+    return _blockwise(_chunk_sloped, "sloped", (values, x, _cut_slopes(slopes, like)), dtype=dtype)
 
 
-def backward_sloped(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
-    """Return dy where x is above 0, ``slopes * dy`` elsewhere. See `relu_xp.backends.Backend`."""
-    return _map_back("backward_sloped", (), dy, x, _cut_slopes(slopes, x))
+def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
+    """Return the gradient by the slopes. See `relu_xp.backends.Backend`.
 
-
-def slopes_gradient(dy: Any, x: Any, slopes: Any) -> Any:
-    """Return the sum of ``x * dy`` where x is not above 0, as `slopes`.
-
-    A task for each chunk, whose sums stay in float64 until the engine has added them.
+    The sums of a chunk stay in float64 until the engine has added those of all.
     """
     summed = tuple(axis for axis, length in enumerate(slopes.shape) if length == 1)
     sums = _blockwise(
@@ -115,46 +114,51 @@ def slopes_gradient(dy: Any, x: Any, slopes: Any) -> Any:
     return da.sum(sums, axis=summed, keepdims=True, dtype=np.float64).astype(slopes.dtype)
 
 
-def forward_squared(x: Any, out: Any) -> Any:
-    """Return ``relu(x)**2``. See `relu_xp.backends.Backend`."""
-    return _map("forward_squared", (), (x,))
+def squared(x: Any, out: Any) -> Any:
+    """Return relu(x)**2. See `relu_xp.backends.Backend`."""
+    return _map("squared", (), (x,))
 
 
 def backward_squared(dy: Any, x: Any, out: Any) -> Any:
-    """Return its gradient times dy. See `relu_xp.backends.Backend`."""
+    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     return _map_back("backward_squared", (), dy, x)
 
 
-def forward_both(x: Any, axis: int, out: Any) -> Any:
-    """Return ``relu(x)`` and ``relu(-x)`` side by side: x is made one chunk along `axis` first."""
-    axis = axis % x.ndim
+def both(x: Any, axis: int, out: Any) -> Any:
+    """Return relu(x) and relu(-x), of an x that is made one chunk along the axis first."""
     twice = {axis: 2 * x.shape[axis]}
-    return _map("forward_both", (), (x.rechunk({axis: -1}),), (axis, None), adjust_chunks=twice)
+    return _map("both", (), (x.rechunk({axis: -1}),), (axis, None), adjust_chunks=twice)
 
 
 def pieces_of_both(x: Any) -> Any:
-    """Return the pieces of `forward_both`. See `relu_xp.backends.Backend`."""
+    """Return which of both is above 0. See `relu_xp.backends.Backend`."""
     return _map("pieces_of_both", (), (x,), (), dtype=np.uint8)
 
 
 def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
-    """Return the gradient of `forward_both`. See `relu_xp.backends.Backend`."""
-    axis = axis % pieces.ndim
+    """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
     pieces = pieces.rechunk({axis: -1})
     dy = _cut(dy, (*pieces.chunks[:axis], dy.shape[axis : axis + 1], *pieces.chunks[axis + 1 :]))
     once = {axis: pieces.shape[axis]}
     return _map("backward_both", (), (dy, pieces), (axis, None), adjust_chunks=once)
 
 
-def uniform(rng: Any, x: Any) -> Any:
-    """Return numbers in [0, 1), cut as x, from one seed that `rng` draws now."""
-    seed = rng.integers(0, 1 << 63)
+def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
+    """Return random numbers, cut as x: NumPy's generator draws a seed now, the engine the rest.
+
+    Dask's own generator serves too.
+    """
     dtype = np.float64 if x.dtype == np.float64 else np.float32
-    drawn = da.random.default_rng(seed).random(x.shape, dtype=dtype, chunks=x.chunks)
-    if array_api_compat.is_numpy_array(x._meta):
-        return drawn
-    xp = array_api_compat.array_namespace(x._meta)
-    return drawn.map_blocks(xp.asarray, meta=xp.asarray(drawn._meta))
+    if callable(rng):
+        numbers = da.asarray(rng(x.shape)).rechunk(x.chunks)
+    else:
+        if isinstance(rng, np.random.Generator):
+            rng = da.random.default_rng(int(rng.integers(1 << 63)))
+        numbers = rng.random(x.shape, dtype=dtype, chunks=x.chunks)
+    if not array_api_compat.is_numpy_array(x._meta):
+        xp = array_api_compat.array_namespace(x._meta)
+        numbers = numbers.map_blocks(xp.asarray, meta=x._meta, dtype=numbers.dtype)
+    return numbers * (upper - lower) + lower
 
 
 def copy(x: Any) -> Any:
@@ -208,10 +212,10 @@ def _map(
     return _blockwise(functools.partial(_chunk, name, numbers, rest), name, arrays, **options)
 
 
-def _map_back(name: str, numbers: tuple[Rounded, ...], dy: Any, x: Any, *slopes: Any) -> Any:
+def _map_back(name: str, numbers: tuple[Rounded, ...], dy: Any, x: Any) -> Any:
     """Return the same of a gradient and what it belongs to."""
-    dy = _cut(dy, x.chunks)
-    return _blockwise(functools.partial(_chunk_back, name, numbers), name, (dy, x, *slopes))
+    function = functools.partial(_chunk_back, name, numbers)
+    return _blockwise(function, name, (_cut(dy, x.chunks), x))
 
 
 def _blockwise(
@@ -222,13 +226,16 @@ def _blockwise(
     dtype: Any = None,
     adjust_chunks: dict[int, Any] | None = None,
 ) -> Any:
-    """Return the array of what a function makes of each chunk, of the first one's kind."""
-    first = arrays[0]
+    """Return the array of what a function makes of each chunk, of the first array's kind.
+
+    In place of an array, None is passed on.
+    """
+    first = next(array for array in arrays if array is not None)
     axes = tuple(range(first.ndim))
     return da.blockwise(
         function,
         axes,
-        *(operand for array in arrays for operand in (array, axes)),
+        *(part for array in arrays for part in (array, None if array is None else axes)),
         token=f"relu-{name}",
         dtype=first.dtype if dtype is None else dtype,
         meta=first._meta,
@@ -251,25 +258,19 @@ def _cut(array: Any, chunks: tuple[tuple[float, ...], ...]) -> Any:
     return array.rechunk(wanted)
 
 
-def _cut_slopes(slopes: Any, x: Any) -> Any:
-    """Return slopes, of Dask or of the chunks' library, as an array that goes with x's chunks."""
-    axes = zip(slopes.shape, x.chunks, strict=True)
-    chunks = tuple((1,) if length == 1 else lengths for length, lengths in axes)
-    if not array_api_compat.is_dask_array(slopes):
-        slopes = da.from_array(slopes, slopes.shape)
-    return _cut(slopes, chunks)
+def _cut_slopes(slopes: Any, like: Any) -> Any:
+    """Return slopes cut as an array that they go with; an axis of length 1 goes with any."""
+    axes = zip(slopes.shape, like.chunks, strict=True)
+    return _cut(slopes, tuple((1,) if length == 1 else lengths for length, lengths in axes))
 
 
 def _first(pair: tuple[Any, Any], saved: Any) -> Any:
     return pair[0]
 
 
-def _chunk(
-    name: str, numbers: tuple[Rounded, ...], rest: tuple[Any, ...], first: Any, *others: Any
-) -> Any:
-    """Call a function of the protocol; `numbers` belong to the first array, from the last on."""
-    backend = backend_for("relu", "chunk", first)
-    arrays = (first, *others)
+def _chunk(name: str, numbers: tuple[Rounded, ...], rest: tuple[Any, ...], *arrays: Any) -> Any:
+    """Call a function of the protocol; `numbers` belong to the arrays, the last to the first."""
+    backend = backend_for("relu", "chunk", next(array for array in arrays if array is not None))
     held = [
         each.activation.held_by(backend.dtype_name(array.dtype))
         for each, array in zip(reversed(numbers), arrays, strict=False)
@@ -277,17 +278,23 @@ def _chunk(
     return getattr(backend, name)(*reversed(held), *arrays, *rest)
 
 
-def _chunk_back(name: str, numbers: tuple[Rounded, ...], dy: Any, x: Any, *slopes: Any) -> Any:
+def _chunk_back(name: str, numbers: tuple[Rounded, ...], dy: Any, x: Any) -> Any:
     """Call a function of the protocol for a gradient; `x` may be the saved state as well."""
     _check_chunks(dy, x)
-    return _chunk(name, numbers, (None,), dy, x, *slopes)
+    return _chunk(name, numbers, (None,), dy, x)
+
+
+def _chunk_sloped(values: Any, x: Any, slopes: Any) -> Any:
+    if values is not None:
+        _check_chunks(values, slopes if x is None else x)
+    return _chunk("sloped", (), (None,), values, x, slopes)
 
 
 def _chunk_slopes_gradient(summed: tuple[int, ...], dy: Any, x: Any) -> Any:
     _check_chunks(dy, x)
     xp = array_api_compat.array_namespace(x)
     shape = tuple(1 if axis in summed else length for axis, length in enumerate(x.shape))
-    return _chunk("slopes_gradient", (), (), dy, x, xp.zeros(shape, dtype=xp.float64))
+    return _chunk("slopes_gradient", (), (None,), dy, x, xp.zeros(shape, dtype=xp.float64))
 
 
 def _check_chunks(dy: Any, x: Any) -> None:
