@@ -397,6 +397,10 @@ def test_slopes_are_summed_in_float64(variants, da):
     assert total.item() == 40 << 20
     large = da.from_array(np.array([[-3e38], [1.0], [1.0]], np.float32), chunks=(1, 1))
     gradient = da.from_array(np.array([[3e38], [np.nan], [np.inf]], np.float32), chunks=(1, 1))
+    narrow = variants.slopes_gradient(x, x, da.ones((1, 1), dtype="float16"), None).compute()
+    assert (narrow.dtype, narrow.item()) == (np.float16, np.inf)
+    scalar = da.from_array(np.array(-2.0))
+    assert type(variants.slopes_gradient(scalar, scalar, scalar, None).compute()) is np.ndarray
     wide = variants.slopes_gradient(gradient, large, da.ones((1, 1)), None)
     assert wide.compute().item() == -(float(np.float32(3e38)) ** 2), "beyond float32, and no NaN"
 
@@ -508,6 +512,9 @@ def test_four_gigabytes_through_two_workers_of_one(require, da):
 
 # ---- training
 
+# What older versions of Dask warn of is what is wanted here: the cluster's client is not asked.
+elsewhere = pytest.mark.filterwarnings("ignore:Running on a single-machine scheduler:UserWarning")
+
 
 def numbers_of(result):
     return dataclasses.replace(result, images_per_second=0.0)
@@ -527,6 +534,7 @@ def test_a_cluster_learns_what_numpy_does(cluster, undisturbed):
     assert undisturbed.device == f"2 workers at {address}, 2 threads"
 
 
+@elsewhere
 def test_threads_learn_the_same_to_the_bit(require, undisturbed):
     """The sums do not depend on who computes them."""
     dask = require("dask")
@@ -556,6 +564,7 @@ def test_a_worker_that_is_killed_takes_nothing_away(cluster, undisturbed, monkey
     cluster.wait_for_workers(2, timeout=60)
 
 
+@elsewhere
 @pytest.mark.parametrize("chunks", [1, 2, 4, 8])
 def test_chunks_of_a_batch_have_its_gradient(da, monkeypatch, chunks):
     monkeypatch.setattr(training, "_CHUNKS", chunks)

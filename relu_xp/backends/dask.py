@@ -111,7 +111,9 @@ def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
         adjust_chunks=dict.fromkeys(summed, 1),
         dtype=np.float64,
     )
-    return da.sum(sums, axis=summed, keepdims=True, dtype=np.float64).astype(slopes.dtype)
+    total = da.sum(sums, axis=summed, keepdims=True, dtype=np.float64)
+    narrow = functools.partial(_narrow, slopes.dtype)
+    return _blockwise(narrow, "slopes_gradient", (total,), dtype=slopes.dtype)
 
 
 def squared(x: Any, out: Any) -> Any:
@@ -295,6 +297,12 @@ def _chunk_slopes_gradient(summed: tuple[int, ...], dy: Any, x: Any) -> Any:
     xp = array_api_compat.array_namespace(x)
     shape = tuple(1 if axis in summed else length for axis, length in enumerate(x.shape))
     return _chunk("slopes_gradient", (), (None,), dy, x, xp.zeros(shape, dtype=xp.float64))
+
+
+def _narrow(dtype: Any, total: Any) -> Any:
+    """Return sums in a dtype, silently: they may be beyond its range. NumPy's may be a scalar."""
+    with np.errstate(all="ignore"):
+        return (np.asarray(total) if isinstance(total, np.generic) else total).astype(dtype)
 
 
 def _check_chunks(dy: Any, x: Any) -> None:
