@@ -29,16 +29,25 @@ from relu_xp.mask import Mask
 
 __all__ = [
     "backward",
+    "backward_both",
     "backward_from_input",
+    "backward_squared",
+    "both",
     "check_out",
+    "copy",
     "dtype_name",
     "fits",
     "forward",
     "forward_saving",
     "gradient",
     "mask_nbytes",
+    "pieces_of_both",
     "place",
     "saved_nbytes",
+    "sloped",
+    "slopes_gradient",
+    "squared",
+    "uniform",
 ]
 
 _PLACE = ("dask", None)  # chunks may lie anywhere, and on several devices

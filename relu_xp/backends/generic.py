@@ -159,7 +159,7 @@ def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
 
 def copy(x: Any) -> Any:
     """Return x in memory that nobody else writes. See `relu_xp.backends.Backend`."""
-    if not array_api_compat.is_writeable_array(x) or array_api_compat.is_dask_array(x):
+    if not array_api_compat.is_writeable_array(x):
         return x
     return array_api_compat.array_namespace(x).asarray(x, copy=True)
 
