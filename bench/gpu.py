@@ -712,7 +712,7 @@ def _tune(card: Any, effort: Effort, dtype: str, elements: int) -> list[Row]:
 def _member(name: str, dtype: str, chunks: int) -> Any:
     """Return plain ReLU's pass, made for so many chunks a thread."""
     backend = module("relu_xp.backends.cupy")
-    numbers = Activation().round_to(_number(dtype), dtype)
+    numbers = Activation().round_to(dtype)
     before = backend._CHUNKS
     try:
         backend._CHUNKS = chunks

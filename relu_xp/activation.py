@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
+from relu_xp.tracing import compiles, compiling, constant
+
 __all__ = [
     "FLOATING",
     "ONE",
@@ -31,6 +33,7 @@ __all__ = [
     "is_integer",
     "limits",
     "real",
+    "rounded",
 ]
 
 ZERO, ONE = 0.0, 1.0  # the defaults of parameters: these very objects tell that none was given
@@ -88,14 +91,11 @@ class Activation:
         numbers = (self.negative_slope, self.threshold, self.positive_slope, self.max_value)
         return activation_of, numbers
 
-    def round_to(self, dtype: Any, dtype_name: str) -> Rounded:
-        """Round the numbers to a dtype and remember them in `rounded`.
+    def round_to(self, dtype_name: str) -> Rounded:
+        """Return the numbers rounded to a dtype: always the same object, kept in `rounded`.
 
         Parameters
         ----------
-        dtype : hashable
-            The array library's own dtype object. The key in `rounded` has its type, too: dtypes of
-            two libraries may hash alike, and complain when they are compared.
         dtype_name : str
             Its standard name, for example ``"float32"``.
 
@@ -110,11 +110,6 @@ class Activation:
         ValueError
             If the dtype is an integer one that cannot hold the numbers.
         """
-        rounded = self.rounded[type(dtype), dtype] = self.held_by(dtype_name)
-        return rounded
-
-    def held_by(self, dtype_name: str) -> Rounded:
-        """Return the one `Rounded` of a dtype's name, whichever library's it is. See `round_to`."""
         rounded = self.rounded.get(dtype_name)
         if rounded is None:  # another thread may be as far
             rounded = self.rounded.setdefault(dtype_name, Rounded(self, dtype_name))
@@ -127,11 +122,34 @@ def activation_of(
     """Return the one `Activation` with these numbers; a call costs far less than building it."""
     if negative_slope is threshold is ZERO and positive_slope is ONE and max_value is None:
         return _RELU  # no argument was given, which needs no look-up
+    if compiles() and compiling():
+        return _unshared(negative_slope, threshold, positive_slope, max_value)
     try:
         return _activation(threshold, negative_slope, positive_slope, max_value)
     except TypeError:
         pass  # one of them cannot be hashed, say: `Activation` tells better what is wrong
     return Activation(threshold, negative_slope, positive_slope, max_value)
+
+
+@constant
+def _unshared(
+    negative_slope: float, threshold: float, positive_slope: float, max_value: float | None
+) -> Activation:
+    """Return one with nothing in `served`: ``torch.compile`` could make no use of it."""
+    return Activation(threshold, negative_slope, positive_slope, max_value)
+
+
+@constant
+def rounded(
+    negative_slope: float,
+    threshold: float,
+    positive_slope: float,
+    max_value: float | None,
+    dtype_name: str,
+) -> Rounded:
+    """Return `Activation.round_to` of the one with these numbers."""
+    activation = activation_of(negative_slope, threshold, positive_slope, max_value)
+    return activation.round_to(dtype_name)
 
 
 # typed: True == 1, but a bool is to be refused, however often 1 was seen
@@ -294,7 +312,7 @@ class Rounded:
             self.ceiling_bits = 0 if c is None else form.bits(c or -0.0)
 
     def __reduce__(self) -> tuple[Any, tuple[Activation, str]]:
-        return Activation.held_by, (self.activation, self.dtype_name)
+        return Activation.round_to, (self.activation, self.dtype_name)
 
     def bits(self, value: float) -> int:
         """Return the bit pattern of a number that the dtype, a floating one, holds."""

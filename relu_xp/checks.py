@@ -11,9 +11,10 @@ import operator
 from collections.abc import Hashable, Sequence
 from typing import Any
 
-from relu_xp.activation import Activation, Rounded, is_integer
+from relu_xp.activation import Activation, Rounded, is_integer, rounded
 from relu_xp.backends import Backend
 from relu_xp.dispatch import backend_for, describe, how_to_move
+from relu_xp.tracing import compiling
 
 __all__ = ["check_mask", "check_out", "check_place", "check_shape", "fitting", "serving", "whole"]
 
@@ -28,7 +29,8 @@ def serving(
     except (AttributeError, KeyError, TypeError):  # not seen before, or no array at all
         backend = backend_for(function, argument, array)
         served = backend, _rounded(function, argument, array, backend, activation, floating)
-        activation.served[type(array), array.dtype] = served
+        if not compiling():
+            activation.served[type(array), array.dtype] = served
     if floating and not served[1].floating:
         raise _no_gradient(function, argument, array, served[0])
     return served
@@ -42,17 +44,17 @@ def _rounded(
     activation: Activation,
     floating: bool,
 ) -> Rounded:
-    dtype = array.dtype
-    numbers = activation.rounded.get((type(dtype), dtype))
-    if numbers is None:
-        try:
-            name = backend.dtype_name(dtype)
-            if not (floating and is_integer(name)):  # which is refused, whatever the numbers
-                return activation.round_to(dtype, name)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{function}: {argument}: {error}") from None
-        raise _no_gradient(function, argument, array, backend)
-    return numbers
+    try:
+        name = backend.dtype_name(array.dtype)
+        if not (floating and is_integer(name)):  # which is refused, whatever the numbers
+            if compiling():
+                a, t = activation.negative_slope, activation.threshold
+                b, c = activation.positive_slope, activation.max_value
+                return rounded(a, t, b, c, name)
+            return activation.round_to(name)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{function}: {argument}: {error}") from None
+    raise _no_gradient(function, argument, array, backend)
 
 
 def _no_gradient(function: str, argument: str, array: Any, backend: Backend) -> TypeError:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import os
+import sys
 from collections.abc import Hashable
 from importlib.machinery import PathFinder
 from typing import Any, NoReturn, cast
@@ -20,6 +21,7 @@ import array_api_compat
 import numpy as np
 
 from relu_xp.backends import Backend
+from relu_xp.tracing import constant
 
 __all__ = [
     "BACKENDS",
@@ -41,7 +43,7 @@ JIT = "RELU_XP_JIT"  # environment variable: 0 switches off what is compiled for
 
 BACKENDS: dict[type, Backend] = {}
 
-_BUILT_IN = {name: f"relu_xp.backends.{name}" for name in ("numpy", "cupy", "dask")}
+_BUILT_IN = {name: f"relu_xp.backends.{name}" for name in ("numpy", "cupy", "torch", "jax", "dask")}
 COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
 _GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
@@ -83,11 +85,19 @@ def backend_for(function: str, argument: str, x: Any) -> Backend:
         If `x` is not an array, or a subclass of ``numpy.ndarray`` with rules of its own.
     """
     kind = type(x)
+    _meet(kind)
     backend = BACKENDS.get(kind)
     if backend is None:
-        backend = _load(_library_of(function, argument, x))
-        BACKENDS[kind] = backend
+        backend = BACKENDS[kind] = _load(_library_of(function, argument, x))
     return backend
+
+
+@constant
+def _meet(kind: type) -> None:
+    """Note what serves PyTorch's tensors: ``torch.compile`` cannot trace what finds it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and kind not in BACKENDS and issubclass(kind, torch.Tensor):
+        BACKENDS.update(dict.fromkeys((kind, torch.Tensor, torch.nn.Parameter), _load("torch")))
 
 
 def describe(place: tuple[str, Hashable]) -> str:

@@ -147,7 +147,7 @@ class ArrayApiStrict(Library):
 
 class Torch(Library):
     name = "torch"
-    backend = "generic"
+    backend = "torch"
     strided = False
 
     def load(self):
@@ -172,9 +172,20 @@ class Torch(Library):
         return x.numpy()
 
 
+class TorchElsewhere(Torch):
+    """The same, as for tensors that NumPy cannot see: a GPU's, and whatever is being traced."""
+
+    name = "torch_elsewhere"
+
+    def running(self):
+        from relu_xp.backends import torch
+
+        return mock.patch.object(torch, "_views", return_value=None)
+
+
 class Jax(Library):
     name = "jax"
-    backend = "generic"
+    backend = "jax"
     subnormals = False
     payloads = False  # of bfloat16: XLA selects in float32
     strided = False
@@ -299,7 +310,18 @@ class Cupy(Library):
         return cupy.asnumpy(x)
 
 
-_ALL = (Library, Compiled, Streaming, ArrayApiStrict, Torch, Jax, Dask, CupyHost, Cupy)
+_ALL = (
+    Library,
+    Compiled,
+    Streaming,
+    ArrayApiStrict,
+    Torch,
+    TorchElsewhere,
+    Jax,
+    Dask,
+    CupyHost,
+    Cupy,
+)
 LIBRARIES = {library.name: library() for library in _ALL}
 
 

@@ -50,7 +50,7 @@ def test_the_check_of_imports_can_fail(require):
 
 def test_signatures_equal_the_protocols(require):
     modules = [numpy_backend, llvm_backend, generic]
-    modules += [require(f"relu_xp.backends.{name}") for name in ("cupy", "dask")]
+    modules += [require(f"relu_xp.backends.{name}") for name in ("cupy", "torch", "jax", "dask")]
     wanted = [name for name in vars(Backend) if inspect.isfunction(vars(Backend)[name])]
     wanted = sorted(name for name in wanted if not name.startswith("_"))
     for module in modules:
@@ -167,7 +167,7 @@ class TestTracing:
     def test_torch_compile(self, require):
         torch = require("torch")
 
-        @torch.compile
+        @torch.compile(fullgraph=True)
         def f(x):
             return relu_xp.relu(x * 2, negative_slope=0.5).sum()
 

@@ -283,7 +283,7 @@ def _chunk(name: str, numbers: tuple[Rounded, ...], rest: tuple[Any, ...], *arra
     """Call a function of the protocol; `numbers` belong to the arrays, the last to the first."""
     backend = backend_for("relu", "chunk", next(array for array in arrays if array is not None))
     held = [
-        each.activation.held_by(backend.dtype_name(array.dtype))
+        each.activation.round_to(backend.dtype_name(array.dtype))
         for each, array in zip(reversed(numbers), arrays, strict=False)
     ]
     return getattr(backend, name)(*reversed(held), *arrays, *rest)

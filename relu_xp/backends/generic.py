@@ -40,14 +40,20 @@ __all__ = [
     "uniform",
 ]
 
+# By class, of those that a backend has noted: ``torch.compile`` warns of the cache that finds them.
+NAMESPACES: dict[type, Any] = {}
+
 
 def forward(numbers: Rounded, x: Any, out: Any) -> Any:
     """Return f(x). See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
+    lower, low = x <= numbers.threshold, _low(numbers, x)
+    if numbers.negative_slope == 0 and numbers.positive_slope < 0:
+        x = xp.where(lower, low, x)  # in its derivative the last: it makes +0 of a dead unit's -0.0
     high = _high(numbers, x)
     if numbers.max_value is not None:
         high = xp.where(high >= numbers.max_value, numbers.max_value, high)
-    return _store(xp.where(x <= numbers.threshold, _low(numbers, x), high), out)
+    return _store(xp.where(lower, low, high), out)
 
 
 def forward_saving(numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, Any]:
@@ -58,7 +64,7 @@ def forward_saving(numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, 
 
 def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
     """Return f'(x) * dy from the pieces. See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(dy)
+    xp = _namespace(dy)
     high, low = _high(numbers, dy), _low(numbers, dy)
     upper = saved
     if numbers.pieces == 3:
@@ -75,7 +81,7 @@ def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out:
 
 def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
     """Return f'(x). See `relu_xp.backends.Backend`."""
-    ones = array_api_compat.array_namespace(x).ones_like(x)
+    ones = _namespace(x).ones_like(x)
     return backward_from_input(numbers, numbers, ones, x, out)
 
 
@@ -86,13 +92,14 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
     differentiation would let a NaN above 0 into the slope's own gradient. That is why a slope of 0
     is multiplied too, and +0 then made by a sum.
     """
-    xp = array_api_compat.array_namespace(slopes)
+    xp = _namespace(slopes)
     if values is None:
         values = xp.ones_like(slopes if x is None else x, dtype=slopes.dtype)
     slopes = xp.astype(slopes, values.dtype, copy=False)
     low = values if x is None else xp.where(x <= 0, values, 0.0)
     product = low * slopes
-    nothing = xp.where(xp.isfinite(product), product + 0.0, 0.0)
+    zero = xp.astype(product != 0, product.dtype)  # a constant 0 a compiler would leave out
+    nothing = xp.where(xp.isfinite(product), product + zero, 0.0)
     product = xp.where(slopes == 0, nothing, product)
     lower = slopes != 1 if x is None else x <= 0
     return _store(xp.where(lower, product, values), out)
@@ -100,7 +107,7 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
 
 def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
     """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     floating = xp.__array_namespace_info__().dtypes(kind="real floating")
     wide = floating.get("float64", xp.float32)
     terms = xp.astype(xp.where(x <= 0, x, 0.0), wide) * xp.astype(xp.where(x <= 0, dy, 0.0), wide)
@@ -112,13 +119,13 @@ def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
 
 def squared(x: Any, out: Any) -> Any:
     """Return relu(x)**2. See `relu_xp.backends.Backend`."""
-    high = array_api_compat.array_namespace(x).where(x <= 0, 0.0, x)
+    high = _namespace(x).where(x <= 0, 0.0, x)
     return _store(high * high, out)
 
 
 def backward_squared(dy: Any, x: Any, out: Any) -> Any:
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     wide = max((xp.float32, x.dtype, dy.dtype), key=lambda dtype: xp.finfo(dtype).bits)
     high = xp.astype(x, wide)
     dx = xp.astype((high + high) * xp.astype(dy, wide), dy.dtype)
@@ -127,20 +134,20 @@ def backward_squared(dy: Any, x: Any, out: Any) -> Any:
 
 def both(x: Any, axis: int, out: Any) -> Any:
     """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     halves = xp.where(x <= 0, 0.0, x), xp.where(x >= 0, 0.0, -x)
     return _store(xp.concat(halves, axis=axis), out)
 
 
 def pieces_of_both(x: Any) -> Any:
     """Return which of both is above 0. See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     return xp.astype(~(x <= 0), xp.uint8) + 2 * xp.astype(~(x >= 0), xp.uint8)
 
 
 def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
     """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
-    xp = array_api_compat.array_namespace(dy)
+    xp = _namespace(dy)
     first, second = halves(dy, axis)
     difference = xp.where(pieces == 3, first - second, 0.0)
     dx = xp.where(pieces == 1, first, xp.where(pieces == 2, -second, difference))
@@ -153,7 +160,7 @@ def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
     if type(numbers) is type(x) or not isinstance(numbers, np.ndarray):
         return numbers
     device = place(x)[1]
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     return xp.asarray(numbers) if device is None else xp.asarray(numbers, device=device)
 
 
@@ -161,7 +168,7 @@ def copy(x: Any) -> Any:
     """Return x in memory that nobody else writes. See `relu_xp.backends.Backend`."""
     if not array_api_compat.is_writeable_array(x):
         return x
-    return array_api_compat.array_namespace(x).asarray(x, copy=True)
+    return _namespace(x).asarray(x, copy=True)
 
 
 def dtype_name(dtype: Any) -> str:
@@ -207,6 +214,10 @@ def saved_nbytes(saved: Any) -> int:
     return math.prod(saved.shape)
 
 
+def _namespace(x: Any) -> Any:
+    return NAMESPACES.get(type(x)) or array_api_compat.array_namespace(x)
+
+
 def _high(numbers: Rounded, x: Any) -> Any:
     return x if numbers.positive_slope == 1 else x * numbers.positive_slope
 
@@ -218,7 +229,7 @@ def _low(numbers: Rounded, x: Any) -> Any:
 
 
 def _pieces(numbers: Rounded, x: Any) -> Any:
-    xp = array_api_compat.array_namespace(x)
+    xp = _namespace(x)
     upper = ~(x <= numbers.threshold)  # not x > t: that is false for NaN
     if numbers.max_value is None:
         return upper
