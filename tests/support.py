@@ -1,6 +1,6 @@
 """The README's table of libraries and members, from what a run of the tests has passed.
 
-``pytest --ran FILE`` writes what ran; ``python tests/support.py FILE`` prints the table, and fails
+``pytest --ran=FILE`` writes what ran; ``python tests/support.py FILE`` prints the table, and fails
 if the README has another one.
 """
 

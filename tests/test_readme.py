@@ -26,19 +26,21 @@ def blocks():
 
 
 @pytest.mark.parametrize("number", list(blocks()))
-def test_blocks_run(number, request):
+def test_blocks_run(number, request, require):
     if "cupy" in BLOCKS[number]:
         reason = LIBRARIES["cupy"].load()
         if reason:
             unavailable(request.config, reason, gpu=True)
+    if "import dask" in BLOCKS[number]:
+        require("dask.array")
     names = {}
     for block in BLOCKS[: number + 1]:
-        if "cupy" not in block or block is BLOCKS[number]:
+        if not re.search("cupy|import dask", block) or block is BLOCKS[number]:
             exec(compile(block, README.name, "exec"), names)
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 9
 
 
 @pytest.mark.parametrize("module", [functional, layers, variants])
@@ -128,3 +130,28 @@ def test_its_figures_are_those_of_the_results():
     result = json.loads((README.parent / "bench/results/cpu.json").read_text())
     assert not any(section["conditions"]["quick"] for section in result.values())
     assert speed(result) in README.read_text()
+
+
+def frameworks(result):
+    """Return the table of PyTorch and JAX, from what bench.frameworks saved."""
+    shapes = list(dict.fromkeys(row["shape"] for row in result["rows"]))
+    lines = [f"| | dtype | {' | '.join(shapes)} |", "|---" * (len(shapes) + 2) + "|"]
+    ratios = {}
+    for row in result["rows"]:
+        what = f"| {row['group']}: {row['operation']} | {row['dtype']} |"
+        ratios.setdefault(what, {})[row["shape"]] = f"{row['ratio']:.2f}"
+    for what, cells in ratios.items():
+        lines.append(f"{what} {' | '.join(cells.get(shape, '') for shape in shapes)} |")
+    return "\n".join(lines)
+
+
+def test_the_figures_of_frameworks_are_those_of_the_results():
+    result = json.loads((README.parent / "bench/results/frameworks.json").read_text())
+    assert not result["conditions"]["quick"]
+    text = frameworks(result)
+    assert text in README.read_text(), f"the README should have\n{text}"
+
+
+def test_the_backend_in_it_is_the_one_that_is_tested():
+    code = (README.parent / "tests/plugin/relu_xp_strict.py").read_text()
+    assert f"```python\n{code}```" in README.read_text()

@@ -192,6 +192,128 @@ def test_vjp(library: Library, dtype: str, member: str) -> None:
         check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
 
 
+def test_prelu_obeys_the_table(library: Library, dtype: str) -> None:
+    """As the leaky ReLU of its slope; a slope of 0 makes exactly +0, and slopes are rounded."""
+    patterns = oracle.patterns(dtype)
+    x = array_of(library, patterns, dtype)
+    for member in _SLOPES:
+        weight = _weight(library, oracle.MEMBERS[member].get("negative_slope", 0.0))
+        check(library, relu_xp.prelu(x, weight, axis=0), oracle.forward(dtype, member), patterns)
+        y, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
+        check(library, y, oracle.forward(dtype, member), patterns)
+        for other in library.dtypes:
+            gradients = oracle.gradients(other, patterns.size)
+            dx, _ = pullback(array_of(library, gradients, other))
+            check(library, dx, oracle.backward(dtype, other, member), gradients, patterns)
+
+
+def test_prelus_weight_counts_what_is_not_above_0(library: Library, dtype: str) -> None:
+    """Neither a NaN nor an infinity gets in from above, of x or of dy."""
+    x = np.array([[np.nan, np.inf, 3.0, -2.0, -0.0, 1.0]], oracle.DTYPES[dtype])
+    dy = np.array([[np.nan, np.nan, np.inf, 0.5, 7.0, -np.inf]], oracle.DTYPES[dtype])
+    for slope in (0.25, 0.0):
+        _, pullback = relu_xp.prelu_vjp(library.array(x), _weight(library, slope))
+        dx, dweight = pullback(library.array(dy))
+        assert library.numpy(dweight).tolist() == [-1.0]
+        expected = [[np.nan, np.nan, np.inf, 0.5 * slope, 7.0 * slope, -np.inf]]
+        np.testing.assert_array_equal(library.numpy(dx).astype(np.float64), expected)
+
+
+def test_rrelu_obeys_the_table(library: Library, dtype: str) -> None:
+    """With equal bounds it is leaky, in evaluation and in training, whatever is drawn."""
+    patterns = oracle.patterns(dtype)
+    x = array_of(library, patterns, dtype)
+    gradients = oracle.gradients(dtype, patterns.size)
+    dy = array_of(library, gradients, dtype)
+    for member in ("relu", "leaky"):
+        slope = oracle.MEMBERS[member].get("negative_slope", 0.0)
+        for rng in (None, np.random.default_rng(0)):
+            if rng is not None and dtype != "float64":  # it draws in float32
+                slope = float(np.float32(slope))
+            y, pullback = relu_xp.rrelu_vjp(x, slope, slope, rng=rng)
+            again = relu_xp.rrelu(x, slope, slope, rng=rng)
+            for result in (y, again):
+                check(library, result, oracle.forward(dtype, member), patterns)
+            check(library, pullback(dy), oracle.backward(dtype, dtype, member), gradients, patterns)
+
+
+def test_crelu_obeys_the_table(library: Library, dtype: str) -> None:
+    """ReLU of x and of -x; the gradient of one, minus that of the other."""
+    form, patterns = oracle.Format(dtype), oracle.patterns(dtype)
+    x = array_of(library, patterns, dtype)
+    relu = oracle.members(dtype)["relu"]
+    opposite = patterns ^ form.unsigned.type(form.sign)
+    both = [relu.forward(bits) for bits in (*patterns.tolist(), *opposite.tolist())]
+    y, pullback = relu_xp.crelu_vjp(x, axis=0)
+    for result in (y, relu_xp.crelu(x, axis=0)):
+        check(library, result, oracle.Expected(form, both), np.concatenate([patterns, patterns]))
+    above = [relu.piece(bits) for bits in patterns.tolist()]
+    below = [relu.piece(bits) for bits in opposite.tolist()]
+    for other in library.dtypes:
+        its_form, dy = oracle.Format(other), oracle.gradients(other, 2 * patterns.size)
+        first, second = dy[: patterns.size], dy[patterns.size :]
+        minus = second ^ its_form.unsigned.type(its_form.sign)
+        # A library's own negation may change a NaN, as its difference may, which a NaN x takes.
+        nan = oracle.is_nan(its_form, minus).tolist()
+        expected = [
+            0 if not up and not down else a if not down else oracle.ANY_NAN if up or lost else b
+            for up, down, a, b, lost in zip(
+                above, below, first.tolist(), minus.tolist(), nan, strict=True
+            )
+        ]
+        dx = library.numpy(pullback(array_of(library, dy, other))).copy()
+        dx[oracle.is_nan(form, patterns)] = np.nan  # the test below has the difference
+        oracle.Expected(its_form, expected).check(
+            dx, first, second, patterns, subnormals=library.subnormals, payloads=library.payloads
+        )
+
+
+def test_crelus_gradient_at_nan_is_the_difference(library: Library, dtype: str) -> None:
+    """And +0 at both zeros."""
+    x = library.array(np.array([np.nan, -np.nan, 2, -2, 0, -0.0], oracle.DTYPES[dtype]))
+    dy = [5, -1, 5, 5, np.nan, 5, 1.5, 3, 1.5, 1.5, 1, np.inf]
+    _, pullback = relu_xp.crelu_vjp(x, axis=0)
+    dx = library.numpy(pullback(library.array(np.array(dy, oracle.DTYPES[dtype]))))
+    np.testing.assert_array_equal(dx.astype(np.float64), [3.5, -4, 5, -1.5, 0, 0])
+    assert not np.signbit(dx[4:]).any()
+
+
+def test_squared_relu_obeys_the_table(library: Library, dtype: str) -> None:
+    """x*x and 2*x*dy above 0, rounded once, +0 elsewhere."""
+    form, patterns = oracle.Format(dtype), oracle.patterns(dtype)
+    relu = oracle.members(dtype)["relu"]
+    x = array_of(library, patterns, dtype)
+    squares = [form.product(bits, bits) if relu.piece(bits) else 0 for bits in patterns.tolist()]
+    y, pullback = relu_xp.squared_relu_vjp(x)
+    for result in (y, relu_xp.squared_relu(x)):
+        check(library, result, oracle.Expected(form, squares), patterns)
+    dy = oracle.gradients(dtype, patterns.size)
+    expected = [
+        _twice_product(form, left, right) if relu.piece(left) else 0
+        for left, right in zip(patterns.tolist(), dy.tolist(), strict=True)
+    ]
+    dx = pullback(array_of(library, dy, dtype))
+    check(library, dx, oracle.Expected(form, expected), dy, patterns)
+
+
+_SLOPES = ("relu", "leaky", "steep", "tiny-slope")  # members that a negative slope alone describes
+
+
+def _weight(library: Library, slope: float) -> Any:
+    return library.array(np.full(1, slope, oracle.DTYPES[library.dtypes[-1]]))
+
+
+def _twice_product(form: oracle.Format, left: int, right: int) -> int | None:
+    """Return the bits of 2*x*dy, rounded once; but 2*x may overflow, where float32 would too."""
+    value, other = form.value(left), form.value(right)
+    finite = form.infinity not in (left, right & (form.sign - 1))
+    if value is not None and other is not None and finite and form.dtype == np.float16:
+        return form.encode((left ^ right) & form.sign, 2 * abs(value * other), form.unit_shift)
+    if value is not None and left != form.infinity:
+        left = form.encode(left & form.sign, 2 * abs(value), 0)
+    return form.product(left, right)
+
+
 def test_rows_by_hand(library: Library, dtype: str) -> None:
     """The table's rows as a reader would type them, in case the oracle shares a mistake."""
     numpy_dtype = oracle.DTYPES[dtype]
