@@ -281,8 +281,9 @@ def relu_vjp(
         ``relu(x)``; `out`, if given.
     pullback : Pullback
         ``pullback(dy)`` is ``f'(x) * dy``. It keeps neither `x` nor `y`, so both may be
-        overwritten, but a mask: one bit an element for NumPy and CuPy arrays; one byte where a
-        ceiling meets a negative slope, and for other libraries.
+        overwritten, but a mask: one bit an element for arrays of NumPy, CuPy, Dask (whose chunks
+        are such) and PyTorch on a CPU; one byte where a ceiling meets a negative slope, and
+        elsewhere.
 
     Raises
     ------

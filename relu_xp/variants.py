@@ -224,9 +224,10 @@ def rrelu(
         Bounds of the slopes.
     rng : numpy.random.Generator, cupy.random.Generator, or function, optional
         Draws the slopes, one for each element whether it is needed or not; without it the mean is
-        taken. NumPy's serves arrays of every library (drawn on the CPU, and moved), CuPy's draws on
-        the device. A function takes a shape and returns numbers from [0, 1) in the library of `x`:
-        for JAX, ``lambda shape: jax.random.uniform(key, shape)``.
+        taken. NumPy's serves arrays of every library (drawn on the CPU, and moved; on Dask it gives
+        the seed for Dask's own), CuPy's draws on the device. A function takes a shape and returns
+        numbers from [0, 1) in the library of `x`: for JAX,
+        ``lambda shape: jax.random.uniform(key, shape)``.
     out : array, like `x`, optional
         Where to write the result: `x` itself, or an array that shares no memory with it.
 
@@ -252,9 +253,7 @@ def rrelu(
     mean = mean_slope(lower, upper)
     if rng is None:
         return forward("rrelu", mean, x, out)
-    backend, _ = _serving("rrelu", x)
-    if out is not None:
-        check_out("rrelu", out, x, "x", (x,), backend)
+    backend, _ = _serving("rrelu", x, out)
     return cast(
         ArrayT, backend.sloped(x, x, _drawn_slopes("rrelu", backend, x, lower, upper, rng), out)
     )
@@ -307,9 +306,7 @@ def rrelu_saving(
     function: str, x: Any, lower: float, upper: float, rng: Any, out: Any
 ) -> tuple[Any, VariantPullback[Any]]:
     """Return `rrelu` with slopes drawn, and its pullback."""
-    backend, width = _serving(function, x)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
+    backend, width = _serving(function, x, out)
     slopes = _drawn_slopes(function, backend, x, lower, upper, rng)
     saved = backend.sloped(None, x, slopes, None)
 
@@ -454,17 +451,13 @@ def squared_relu_vjp(
 
 def squared_relu_forward(function: str, x: Any, out: Any) -> Any:
     """Return `squared_relu`, naming `function` where something is refused."""
-    backend, _ = _serving(function, x)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
+    backend, _ = _serving(function, x, out)
     return backend.squared(x, out)
 
 
 def squared_relu_saving(function: str, x: Any, out: Any) -> tuple[Any, VariantPullback[Any]]:
     """Return `squared_relu` and its pullback, naming `function` where something is refused."""
-    backend, width = _serving(function, x)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
+    backend, width = _serving(function, x, out)
     saved = backend.copy(x)
 
     def compute(dy: Any, out: Any) -> Any:
@@ -474,9 +467,11 @@ def squared_relu_saving(function: str, x: Any, out: Any) -> tuple[Any, VariantPu
     return y, VariantPullback(backend, x, x.shape, math.prod(x.shape) * width // 8, compute)
 
 
-def _serving(function: str, x: Any) -> tuple[Backend, int]:
-    """Return an array's backend and the bits of an element."""
+def _serving(function: str, x: Any, out: Any = None) -> tuple[Backend, int]:
+    """Return the backend and the bits of an element, if x and an `out` like it are lawful."""
     backend, numbers = serving(function, "x", x, _RELU, floating=True)
+    if out is not None:
+        check_out(function, out, x, "x", (x,), backend)
     return backend, numbers.width
 
 
