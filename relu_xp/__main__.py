@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--scheduler",
-        metavar="ADDRESS",
+        metavar="URL",
         help="with --backend dask: of the scheduler whose workers are to compute, for example "
         "tcp://127.0.0.1:8786 (default: threads of this process)",
     )

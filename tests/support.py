@@ -21,6 +21,7 @@ TITLES = {
     "cupy": "CuPy",
     "cupy_host": "CuPy's kernels, on a CPU",
     "torch": "PyTorch",
+    "torch_elsewhere": "PyTorch, on another device or traced",
     "jax": "JAX",
     "dask": "Dask",
     "array_api_strict": "array_api_strict",

@@ -393,16 +393,16 @@ def test_info_names_a_backend_from_elsewhere(tmp_path):
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: fast-relu\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
-        "[relu_xp.backends]\ntorch = fast_relu.torch\nnovel = fast_relu.novel\n"
+        "[relu_xp.backends]\narray_api_strict = fast_relu.strict\nnovel = fast_relu.novel\n"
     )
     for name in ("torch", "jax", "dask", "cupy"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
     found = sections(run("info", path=[tmp_path]).stdout)
     assert found["Third-party backends"] == {
-        "torch": "fast_relu.torch",
+        "array_api_strict": "fast_relu.strict",
         "novel": "fast_relu.novel",
     }
-    assert found["Kernels"]["torch"] == "fast_relu.torch"
+    assert found["Kernels"]["array_api_strict"] == "fast_relu.strict"
 
 
 def test_version(capsys):
