@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from libraries import LIBRARIES
+from libraries import FLOATING, LIBRARIES
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -87,7 +87,7 @@ def table(outcomes):
     for title in dict.fromkeys(TITLES.values()):
         names = [name for name in LIBRARIES if TITLES[name] == title]
         ran = [one for one in outcomes if one["library"] in names]
-        dtypes = {one["dtype"]: None for one in ran}
+        dtypes = [dtype for dtype in FLOATING if any(one["dtype"] == dtype for one in ran)]
         cells = []
         for function in functions:
             rows = [one for one in ran if one["function"] == function]

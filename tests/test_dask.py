@@ -460,7 +460,7 @@ def limits(dask_worker):
 
 
 def peak_memory():
-    """Return the most bytes of this process that were in memory, its parent's before not counted."""
+    """Return the most bytes of this process that were in memory, without its parent's."""
     with open("/proc/self/status") as status:
         (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM:"))
     return 1024 * int(peak)
