@@ -33,7 +33,15 @@ __all__ = ["main"]
 # Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
 _OPTIONAL = ("distributed", "ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 
-_NUMBERS = ("negative_slope", "threshold", "positive_slope", "max_value", "init", "lower", "upper")
+_NUMBERS = {
+    "negative_slope": "slope at and below the threshold",
+    "threshold": "where the pieces meet",
+    "positive_slope": "slope above the threshold",
+    "max_value": "ceiling",
+    "init": "PReLU's slope",
+    "lower": "RReLU's smallest slope",
+    "upper": "RReLU's largest slope",
+}
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 _LABEL, _WIDE, _NARROW = 20, 79, 60  # characters: a label's column, a line at most, a small window
@@ -57,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         With code 2 after a bad request, with 0 after ``--help`` and ``--version``.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if not hasattr(arguments, "run"):
+        parser.error("give a command: info, plot, train or formulas (relu-xp --help tells more)")
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         code = run(arguments)
@@ -82,7 +93,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="relu-xp", description="One ReLU layer for every array library.")
     parser.add_argument("--version", action="version", version=f"relu-xp {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> _Parser:
         command = commands.add_parser(
@@ -96,14 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "layer",
         nargs="?",
+        type=lambda name: {one.lower(): one for one in layers.__all__}.get(name.lower(), name),
         choices=layers.__all__,
         default="ReLU",
         metavar="LAYER",
         help=f"{', '.join(layers.__all__)} (default: %(default)s)",
     )
-    for name in _NUMBERS:
+    for name, meaning in _NUMBERS.items():
         option = "--" + name.replace("_", "-")
-        command.add_argument(option, type=float, metavar="X", help="as the layer takes it")
+        command.add_argument(option, type=float, metavar="X", help=meaning)
     command.add_argument(
         "--curves",
         choices=(*plotting.CURVES, "all"),
@@ -220,9 +232,11 @@ def _plot(arguments: argparse.Namespace) -> int:
     numbers = {name: value for name, value in given.items() if value is not None}
     file = arguments.output or f"{arguments.layer}.png"
     kind = getattr(layers, arguments.layer)
-    for name in numbers.keys() - inspect.signature(kind).parameters.keys():
-        option = name.replace("_", "-")
-        arguments.parser.error(f"argument --{option}: {arguments.layer} does not take it")
+    taken = [name for name in _NUMBERS if name in inspect.signature(kind).parameters]
+    for name in numbers.keys() - set(taken):
+        option, *others = ("--" + one.replace("_", "-") for one in (name, *taken))
+        but = f", but {', '.join(others)}" * bool(others)
+        arguments.parser.error(f"argument {option}: {arguments.layer} does not take it{but}")
     try:
         layer = kind(**numbers)
         setting = training.choose(arguments.backend)

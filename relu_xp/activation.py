@@ -247,6 +247,9 @@ class Rounded:
     threshold, negative_slope, positive_slope, max_value : float or int
         Exactly representable in the dtype, or infinite where the dtype cannot reach so far;
         ``max_value`` may be None.
+    zero_below, self_above, mirrored : bool
+        Whether the lower piece is +0 (``negative_slope`` is 0), the upper one x itself
+        (``positive_slope`` is 1), or falls (``positive_slope`` is below 0).
     plain : bool
         Whether this is ReLU itself: threshold 0, slopes 0 and 1, no ceiling.
     pieces : int
@@ -264,13 +267,16 @@ class Rounded:
         "floating",
         "infinity_bits",
         "max_value",
+        "mirrored",
         "negative_slope",
         "pieces",
         "plain",
         "positive_slope",
+        "self_above",
         "threshold",
         "threshold_bits",
         "width",
+        "zero_below",
     )
 
     def __init__(self, activation: Activation, dtype_name: str) -> None:
@@ -304,7 +310,8 @@ class Rounded:
         self.negative_slope = a = convert("negative_slope")
         self.positive_slope = b = convert("positive_slope")
         self.max_value = c = None if activation.max_value is None else convert("max_value")
-        self.plain = t == 0 and a == 0 and b == 1 and c is None
+        self.zero_below, self.self_above, self.mirrored = a == 0, b == 1, b < 0
+        self.plain = t == 0 and self.zero_below and self.self_above and c is None
         self.pieces = 3 if c is not None and activation.negative_slope != 0 else 2
         if self.floating:
             self.infinity_bits = form.bits(math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 __all__ = ["write"]
@@ -10,6 +11,8 @@ __all__ = ["write"]
 
 def write(file: str | os.PathLike[str], data: bytes | None) -> None:
     """Replace a file by data in one step, or (None) only find out whether that is possible.
+
+    What is no regular file, ``/dev/stdout`` say, is written into.
 
     Parameters
     ----------
@@ -25,15 +28,22 @@ def write(file: str | os.PathLike[str], data: bytes | None) -> None:
     name = repr(os.fspath(file))
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {name}: it is a directory")
-    if path.exists() and not os.access(path, os.W_OK):  # a rename would not ask
+    there = Path(file).exists()
+    if there and not os.access(file, os.W_OK):  # a rename would not ask
         raise PermissionError(f"cannot write {name}: it is read-only")
     beside = path.with_name(f".relu-xp-{os.getpid()}.tmp")
     try:
+        if there and not Path(file).is_file():  # a device or a pipe: there is nothing to replace
+            if data is not None:
+                Path(file).write_bytes(data)
+            return
         with beside.open("wb") as stream:
             try:
                 stream.write(data or b"")
                 stream.flush()
                 if data is not None:
+                    if there:
+                        shutil.copymode(path, beside)
                     beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)

@@ -222,7 +222,8 @@ def choose_dtype(setting: training.Setting, name: str | None = None) -> str:
     if name is None:
         return "float64" if "float64" in here else "float32"
     if name not in here:
-        raise ValueError(f"{setting.backend} has no {name} here; there is {', '.join(here)}")
+        extra = " (bfloat16: pip install ml-dtypes)" if setting.backend == "numpy" else ""
+        raise ValueError(f"{setting.backend} has no {name} here; there is {', '.join(here)}{extra}")
     return name
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, ClassVar, TypeVar
 
 import array_api_compat
 import numpy as np
 
 from relu_xp.activation import Activation, activation_of, real
-from relu_xp.checks import whole
+from relu_xp.arrays import to_numpy
+from relu_xp.checks import serving, whole
 from relu_xp.functional import forward, forward_saving
 from relu_xp.variants import (
     LOWER,
     UPPER,
+    checked_bounds,
     crelu_forward,
     crelu_saving,
-    mean_slope,
     prelu_forward,
     prelu_saving,
     rrelu_saving,
@@ -82,7 +84,8 @@ class Layer:
     @property
     def saved_nbytes(self) -> int:
         """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from."""
-        return 0 if self._pullback is None else int(self._pullback.saved_nbytes)
+        nbytes: int = 0 if self._pullback is None else self._pullback.saved_nbytes
+        return nbytes
 
     def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
         """Apply the activation and remember what `backward` needs.
@@ -426,8 +429,17 @@ class PReLU(Layer):
         self._init = real("init", init)
         self._axis = whole("axis", axis)
         self.inplace = inplace
+        if not hasattr(xp, "full"):
+            raise TypeError(
+                f"xp must be an array library, such as the module cupy, got {type(xp).__name__}"
+            )
         dtype = xp.float32 if dtype is None else dtype
-        self._params = [xp.full((self._count,), self._init, dtype=dtype)]
+        with np.errstate(all="ignore"):
+            weight = xp.full((self._count,), self._init, dtype=dtype)
+        serving("PReLU", "the weight", weight, Activation(), floating=True)  # or refuses
+        if not math.isfinite(float(weight[0])):
+            raise ValueError(f"init must be finite in {dtype}, got {init}")
+        self._params = [weight]
         self._grads = [xp.zeros((self._count,), dtype=dtype)]
 
     @property
@@ -453,12 +465,13 @@ class PReLU(Layer):
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
         for name in ("_params", "_grads"):  # a machine that loads it may have no GPU
-            state[name] = [np.asarray(array_api_compat.to_device(a, "cpu")) for a in state[name]]
+            state[name] = [_on_the_host(array) for array in state[name]]
         return state
 
     def __copy__(self) -> PReLU:
         again = type(self).__new__(type(self))
         again.__dict__.update(super().__getstate__())
+        again._params, again._grads = list(self._params), list(self._grads)
         return again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PReLU:
@@ -471,7 +484,16 @@ class PReLU(Layer):
         return f"PReLU({self._count}, init={self._init}, axis={self._axis}{inplace})"
 
 
-_WEIGHT = "params[0]"  # in messages
+_WEIGHT = "layer.params[0]"  # in messages
+
+
+def _on_the_host(array: Any) -> Any:
+    """Return an array as a NumPy array; where NumPy has no such dtype, of float32."""
+    try:
+        return to_numpy(array)
+    except TypeError:
+        xp = array_api_compat.array_namespace(array)
+        return to_numpy(xp.astype(array, xp.float32))
 
 
 class RReLU(Layer):
@@ -502,8 +524,7 @@ class RReLU(Layer):
         rng: Any = None,
         inplace: bool = False,
     ) -> None:
-        self._activation = mean_slope(lower, upper)
-        self._bounds = real("lower", lower), real("upper", upper)
+        self._bounds, self._activation = checked_bounds(lower, upper)
         self.rng = np.random.default_rng() if rng is None else rng
         self.inplace = inplace
 

@@ -205,7 +205,7 @@ def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) ->
         ax.annotate(
             f"{name}: {place:g}",
             (place, 1),
-            (0, 3),
+            ({"center": 0, "right": -3, "left": 3}[side], 3),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
             horizontalalignment=side,
@@ -213,7 +213,7 @@ def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) ->
             fontsize="small",
         )
     pieces = list(_pieces(numbers))
-    if isinstance(layer, RReLU):
+    if isinstance(layer, RReLU) and layer.bounds[0] < layer.bounds[1]:
         _draw_bounds(ax, layer, pieces[0], chosen)
     for curve in chosen:
         for number, output in enumerate(outputs):
@@ -229,7 +229,9 @@ def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) ->
     ax.set_xlabel("x")
     ax.set_ylabel(", ".join(styles[curve]["label"] for curve in chosen))
     ax.set_title(repr(layer), pad=18)
-    if len(ax.get_legend_handles_labels()[0]) > 1:
+    if isinstance(layer, CReLU):  # whose two halves leave no room
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+    elif len(ax.get_legend_handles_labels()[0]) > 1:
         ax.legend(loc="best", frameon=False)
     return ax
 
@@ -260,6 +262,7 @@ def layer_figures(
         plot(layer, axes, curves=one, xp=xp)
         if len(curves) > 1:
             axes.set_title("")
+            axes.locator_params(axis="x", nbins=6)
     if len(curves) > 1:
         figure.suptitle(repr(layer))
     _save(figure, file)

@@ -13,6 +13,7 @@ the last bit on one machine and library, and on different libraries they differ 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import importlib
 import importlib.util
@@ -247,7 +248,8 @@ def connected(scheduler: str) -> Iterator[None]:
         ) from None
     with contextlib.ExitStack() as stack:
         try:
-            asyncio.run(_ask(distributed, scheduler))
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:  # here a loop may be running
+                thread.submit(asyncio.run, _ask(distributed, scheduler)).result()
             client = stack.enter_context(distributed.Client(scheduler, timeout=_PATIENCE))
         except (OSError, TypeError, ValueError) as error:
             reason = (
@@ -280,7 +282,11 @@ def _workers() -> str:
         name = dask.config.get("scheduler", None) or "threads"
         return f"this machine, scheduler {name!r}, {dask.system.CPU_COUNT} CPUs"
     threads = client.nthreads()
-    return f"{len(threads)} workers at {client.scheduler.address}, {sum(threads.values())} threads"
+    workers, working = (
+        f"{count} {name}{'s' * (count != 1)}"
+        for count, name in ((len(threads), "worker"), (sum(threads.values()), "thread"))
+    )
+    return f"{workers} at {client.scheduler.address}, {working}"
 
 
 def require_extra() -> tuple[Any, Any]:

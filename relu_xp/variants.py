@@ -18,9 +18,9 @@ from relu_xp.functional import forward, forward_saving
 
 __all__ = [
     "VariantPullback",
+    "checked_bounds",
     "crelu",
     "crelu_vjp",
-    "mean_slope",
     "prelu",
     "prelu_vjp",
     "rrelu",
@@ -38,28 +38,22 @@ _RELU = activation_of(ZERO, ZERO, ONE, None)
 
 
 class VariantPullback(Generic[GradientT]):
-    """The gradient of one forward pass of a variant; called any number of times.
+    """The gradient of one forward pass of a variant; called any number of times."""
 
-    Attributes
-    ----------
-    saved_nbytes : int
-        Bytes held for the gradient.
-    """
-
-    __slots__ = ("_backend", "_compute", "_dx_shape", "_place", "_shape", "saved_nbytes")
+    __slots__ = ("_backend", "_compute", "_dx_shape", "_nbytes", "_place", "_shape")
 
     def __init__(
         self,
         backend: Backend,
         x: Any,
         shape: tuple[int, ...],
-        saved_nbytes: int,
+        nbytes: float,
         compute: Callable[..., GradientT],
     ) -> None:
-        self.saved_nbytes = saved_nbytes
         self._backend = backend
         self._compute = compute
         self._dx_shape = x.shape
+        self._nbytes = nbytes
         self._place = backend.place(x)
         self._shape = shape
 
@@ -99,6 +93,22 @@ class VariantPullback(Generic[GradientT]):
             shape = None if self._shape == self._dx_shape else self._dx_shape
             check_out(function, out, dy, "dy", (dy,), self._backend, shape)
         return self._compute(dy, out, *more)
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes held for the gradient.
+
+        Raises
+        ------
+        ValueError
+            If Dask does not know the size of x before it is computed.
+        """
+        if math.isnan(self._nbytes):
+            raise ValueError(
+                "what is saved for chunks of unknown sizes is not known before it is computed; "
+                "call x.compute_chunk_sizes() before forward"
+            )
+        return int(self._nbytes)
 
 
 def prelu(x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = None) -> ArrayT:
@@ -186,19 +196,22 @@ def prelu_saving(
     """Return `prelu` and its pullback, naming `function` where something is refused."""
     backend, width = _serving(function, x)
     slopes, there, back = _slopes(function, name, backend, x, weight, axis)
+    _, slope_width = _serving(function, weight)
     if out is not None:
         check_out(function, out, x, "x", (x, weight), backend)
     saved, slopes = backend.copy(x), backend.copy(slopes)
 
     def compute(dy: Any, out: Any, gradient: Any = None) -> tuple[Any, Any]:
-        if _reusable(backend, gradient, slopes[back]):  # and all that before dx: out may be dy
+        if _reusable(
+            backend, gradient, slopes[back], dy, out
+        ):  # and all that before dx: out may be dy
             backend.slopes_gradient(dy, saved, slopes, gradient[there])
         else:
             gradient = backend.slopes_gradient(dy, saved, slopes, None)[back]
         return backend.sloped(dy, saved, slopes, out), gradient
 
     y = backend.sloped(x, x, slopes, out)
-    nbytes = (math.prod(x.shape) + math.prod(slopes.shape)) * width // 8
+    nbytes = (_size(x) * width + _size(slopes) * slope_width) / 8
     return y, VariantPullback(backend, x, x.shape, nbytes, compute)
 
 
@@ -250,13 +263,12 @@ def rrelu(
     >>> bool(-6 <= y[0] <= -2), float(y[1])
     (True, 2.0)
     """
-    mean = mean_slope(lower, upper)
+    bounds, mean = checked_bounds(lower, upper)
     if rng is None:
         return forward("rrelu", mean, x, out)
     backend, _ = _serving("rrelu", x, out)
-    return cast(
-        ArrayT, backend.sloped(x, x, _drawn_slopes("rrelu", backend, x, lower, upper, rng), out)
-    )
+    slopes, _ = _drawn_slopes("rrelu", backend, x, *bounds, rng)
+    return cast(ArrayT, backend.sloped(x, x, slopes, out))
 
 
 def rrelu_vjp(
@@ -280,42 +292,43 @@ def rrelu_vjp(
     y : array, shape and dtype of `x`
         ``rrelu(x)``; `out`, if given.
     pullback : VariantPullback, or relu_xp.Pullback without `rng`
-        ``pullback(dy)`` is ``f'(x) * dy``, with the slopes that were drawn. What is kept is f'(x):
-        as many bytes as x has, or a mask without `rng`.
+        ``pullback(dy)`` is ``f'(x) * dy``, with the slopes that were drawn. What is kept is f'(x),
+        in float32 (float64 for such an x), or a mask without `rng`.
 
     Raises
     ------
     TypeError, ValueError
         As `rrelu`; also TypeError for integers.
     """
-    mean = mean_slope(lower, upper)
+    bounds, mean = checked_bounds(lower, upper)
     if rng is None:
         return forward_saving("rrelu_vjp", mean, x, out, None)
-    return rrelu_saving("rrelu_vjp", x, lower, upper, rng, out)
+    return rrelu_saving("rrelu_vjp", x, *bounds, rng, out)
 
 
-def mean_slope(lower: float, upper: float) -> Activation:
-    """Check the bounds of RReLU's slopes, and return the member that it is in evaluation."""
+def checked_bounds(lower: float, upper: float) -> tuple[tuple[float, float], Activation]:
+    """Return the bounds of RReLU's slopes, if they are lawful, and what it is in evaluation."""
     lower, upper = real("lower", lower), real("upper", upper)
     if lower > upper:
         raise ValueError(f"lower must not be above upper, got lower={lower}, upper={upper}")
-    return activation_of(lower + (upper - lower) / 2, ZERO, ONE, None)
+    if math.isinf(upper - lower):
+        raise ValueError(f"upper - lower must be finite, got lower={lower}, upper={upper}")
+    return (lower, upper), activation_of(lower + (upper - lower) / 2, ZERO, ONE, None)
 
 
 def rrelu_saving(
     function: str, x: Any, lower: float, upper: float, rng: Any, out: Any
 ) -> tuple[Any, VariantPullback[Any]]:
     """Return `rrelu` with slopes drawn, and its pullback."""
-    backend, width = _serving(function, x, out)
-    slopes = _drawn_slopes(function, backend, x, lower, upper, rng)
+    backend, _ = _serving(function, x, out)
+    slopes, width = _drawn_slopes(function, backend, x, lower, upper, rng)
     saved = backend.sloped(None, x, slopes, None)
 
     def compute(dy: Any, out: Any) -> Any:
         return backend.sloped(dy, None, saved, out)
 
     y = backend.sloped(x, None, saved, out)
-    nbytes = math.prod(x.shape) * max(32, width) // 8
-    return y, VariantPullback(backend, x, x.shape, nbytes, compute)
+    return y, VariantPullback(backend, x, x.shape, _size(x) * width / 8, compute)
 
 
 def crelu(x: ArrayT, /, *, axis: int = 1, out: ArrayT | None = None) -> ArrayT:
@@ -391,7 +404,7 @@ def crelu_saving(function: str, x: Any, axis: int, out: Any) -> tuple[Any, Varia
         return backend.backward_both(dy, pieces, axis, out)
 
     y = backend.both(x, axis, out)
-    return y, VariantPullback(backend, x, _doubled(x, axis), math.prod(x.shape), compute)
+    return y, VariantPullback(backend, x, _doubled(x, axis), _size(x), compute)
 
 
 def squared_relu(x: ArrayT, /, *, out: ArrayT | None = None) -> ArrayT:
@@ -464,7 +477,7 @@ def squared_relu_saving(function: str, x: Any, out: Any) -> tuple[Any, VariantPu
         return backend.backward_squared(dy, saved, out)
 
     y = backend.squared(x, out)
-    return y, VariantPullback(backend, x, x.shape, math.prod(x.shape) * width // 8, compute)
+    return y, VariantPullback(backend, x, x.shape, _size(x) * width / 8, compute)
 
 
 def _serving(function: str, x: Any, out: Any = None) -> tuple[Backend, int]:
@@ -489,6 +502,11 @@ def _slopes(
                 "with one axis, that of the channels"
             )
         axis = _axis(function, x, axis)
+        if math.isnan(x.shape[axis]):
+            raise ValueError(
+                f"{function}: x has an unknown number of channels along axis {axis}; "
+                "call x.compute_chunk_sizes() first"
+            )
         if count != x.shape[axis]:
             raise ValueError(
                 f"{function}: {name} has {count} slopes, but x has {x.shape[axis]} channels along "
@@ -510,12 +528,17 @@ def _slopes(
     return weight[(*there, ...)], (*there, ...), (*back, ...)
 
 
-def _reusable(backend: Backend, array: Any, like: Any) -> bool:
-    """Tell whether an array, which may be None, can be written what belongs into one `like` it."""
+def _reusable(backend: Backend, array: Any, like: Any, dy: Any, out: Any) -> bool:
+    """Tell whether an array, which may be None, can take what belongs into one `like` it.
+
+    It must not be needed for dx.
+    """
     if type(array) is not type(like) or array.shape != like.shape or array.dtype != like.dtype:
         return False
+    if array is dy or array is out:
+        return False
     try:
-        backend.check_out(array, (like,))
+        backend.check_out(array, (like, dy) if out is None else (like, dy, out))
     except (TypeError, ValueError):
         return False
     return backend.place(array) == backend.place(like)
@@ -542,9 +565,16 @@ def _doubled(x: Any, axis: int) -> tuple[int, ...]:
     return tuple(n * (1 + (i == axis)) for i, n in enumerate(x.shape))
 
 
+def _size(x: Any) -> float:
+    """Return the number of elements; NaN where Dask does not know it."""
+    size: float = math.prod(x.shape)
+    return size
+
+
 def _drawn_slopes(
     function: str, backend: Backend, x: Any, lower: float, upper: float, rng: Any
-) -> Any:
+) -> tuple[Any, int]:
+    """Return a slope for each element, and the bits of one."""
     try:
         slopes = backend.uniform(rng, lower, upper, x)
     except (AttributeError, TypeError) as error:
@@ -552,8 +582,10 @@ def _drawn_slopes(
             f"{function}: rng must draw arrays of random numbers, as numpy.random.default_rng() "
             f"does, got {type(rng).__name__} ({error})"
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from error
     what = "what rng drew"
-    its_backend, _ = serving(function, what, slopes, _RELU, floating=True)
+    its_backend, numbers = serving(function, what, slopes, _RELU, floating=True)
     check_place(function, what, slopes, its_backend, backend.place(x), "x is")
     check_shape(function, what, slopes, x.shape, "x has")
-    return slopes
+    return slopes, numbers.width

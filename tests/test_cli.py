@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import stat
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -15,7 +16,7 @@ from libraries import LIBRARIES
 
 import relu_xp
 from relu_xp import __main__ as command_line
-from relu_xp import dispatch, plotting, training
+from relu_xp import dispatch, files, plotting, training
 from relu_xp.__main__ import main
 
 ROOT = Path(relu_xp.__file__).parent.parent
@@ -119,7 +120,7 @@ def test_a_bad_value_is_one_line(require, refused, quick, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "the following arguments are required: COMMAND"),
+        ([], "give a command: info, plot, train or formulas (relu-xp --help tells more)"),
         (["nonsense"], "argument COMMAND: invalid choice: 'nonsense'"),
         (["info", "--no\nsuch"], "unrecognized arguments: --no such"),
     ],
@@ -470,3 +471,33 @@ def test_the_command_line_loads_no_optional_library():
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_what_is_no_regular_file_is_written_into(tmp_path):
+    """A pipe or a device stays what it is."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    files.write(pipe, None)  # nobody reads: only asked
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    files.write(pipe, b"whole")
+    assert reader.communicate(timeout=10)[0] == b"whole"
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    files.write(os.devnull, b"nothing")
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    regular = tmp_path / "regular"
+    regular.write_bytes(b"old")
+    regular.chmod(0o600)
+    files.write(regular, b"new")
+    assert (regular.read_bytes(), stat.S_IMODE(regular.stat().st_mode)) == (b"new", 0o600)
+
+
+def test_a_layers_name_in_any_case(require, capsys, tmp_path):
+    require("matplotlib")
+    assert main(["plot", "leakyrelu", "-o", str(tmp_path / "a.png")]) == 0
+    assert "LeakyReLU(0.01)" in capsys.readouterr().out
+
+
+def test_a_number_of_another_layer_says_which_it_takes(require, refused):
+    require("matplotlib")
+    message = refused("plot", "PReLU", "--negative-slope", ".1", program="relu-xp plot")
+    assert message == "argument --negative-slope: PReLU does not take it, but --init"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -270,6 +271,34 @@ def test_chunks_of_cupy(da, request):
         assert pullback.saved_nbytes == 2 * 4
         for mask in chunks_of(pullback._saved.blocks):
             assert type(mask.data) is cupy.ndarray
+
+
+def test_what_dask_reduced_is_an_array(da):
+    """Its own reductions and indexing make NumPy scalars of 0-d chunks."""
+    x = da.from_array(HOST, chunks=3)
+    assert relu_xp.relu(x.sum()).compute() == max(HOST.sum(dtype=np.float32), 0)
+    assert relu_xp.relu_grad(x[0, 0]).compute() == float(HOST[0, 0] > 0)
+    _, pullback = relu_xp.relu_vjp(abs(x).sum())
+    assert pullback(x.mean()).compute() == x.mean().compute()
+    assert relu_xp.relu_backward(x.mean(), abs(x).sum()).compute() == x.mean().compute()
+    assert relu_xp.squared_relu(da.ones(3).sum()).compute() == 9
+    assert relu_xp.prelu(-da.ones(3).sum(), da.ones(()) / 2).compute() == -1.5
+    slope = relu_xp.rrelu(-da.ones(3).sum(), 0.5, 0.5, rng=np.random.default_rng(0))
+    assert slope.compute() == -1.5
+
+
+def test_variants_of_unknown_sizes_say_what_to_do(da):
+    x = da.from_array(HOST, chunks=3)
+    ragged = x[x[:, 0] > 0]
+    advice = r"compute_chunk_sizes\(\)"
+    with pytest.raises(ValueError, match=f"^rrelu: x has chunks of unknown sizes.*{advice}"):
+        relu_xp.rrelu(ragged, rng=np.random.default_rng(0))
+    with pytest.raises(ValueError, match=f"^prelu: x has an unknown number of channels.*{advice}"):
+        relu_xp.prelu(ragged, da.ones(2), axis=0)
+    layer = relu_xp.SquaredReLU()
+    layer.forward(ragged)
+    with pytest.raises(ValueError, match=f"not known before it is computed.*{advice}"):
+        layer.saved_nbytes  # noqa: B018
 
 
 # ---- numbers, masks and backends on their way
@@ -624,3 +653,14 @@ def test_workers_that_cannot_serve_are_refused(require):
             training.connected(address),
         ):
             pass
+
+
+def test_a_scheduler_is_asked_inside_a_running_loop_too(require):
+    require("distributed")
+
+    async def notebook():
+        with training.connected("tcp://127.0.0.1:1"):
+            pass
+
+    with pytest.raises(LibraryError, match="no scheduler answers at"):
+        asyncio.run(notebook())

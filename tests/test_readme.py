@@ -155,3 +155,7 @@ def test_the_figures_of_frameworks_are_those_of_the_results():
 def test_the_backend_in_it_is_the_one_that_is_tested():
     code = (README.parent / "tests/plugin/relu_xp_strict.py").read_text()
     assert f"```python\n{code}```" in README.read_text()
+
+
+def test_nothing_in_it_is_left_to_be_filled_in():
+    assert not re.findall("^[A-Z]+$", README.read_text(), re.MULTILINE)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from relu_xp.activation import Rounded
 
 __all__ = ["Backend", "check_memory", "drawn", "halves"]
@@ -139,7 +141,9 @@ def drawn(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_na
         numbers = rng(shape)
     else:
         numbers = rng.random(shape, dtype="float64" if dtype_name == "float64" else "float32")
-    return numbers * (upper - lower) + lower
+    with np.errstate(all="ignore"):
+        slopes = numbers * (upper - lower) + lower
+    return np.asarray(slopes) if isinstance(slopes, np.generic) else slopes  # of a 0-d array
 
 
 def check_memory(

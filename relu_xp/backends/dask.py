@@ -159,6 +159,8 @@ def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
 
     Dask's own generator serves too.
     """
+    if math.isnan(x.size):
+        raise ValueError("x has chunks of unknown sizes; call x.compute_chunk_sizes() first")
     dtype = np.float64 if x.dtype == np.float64 else np.float32
     if callable(rng):
         numbers = da.asarray(rng(x.shape)).rechunk(x.chunks)
@@ -244,7 +246,7 @@ def _blockwise(
     first = next(array for array in arrays if array is not None)
     axes = tuple(range(first.ndim))
     return da.blockwise(
-        function,
+        functools.partial(_on_arrays, function),
         axes,
         *(part for array in arrays for part in (array, None if array is None else axes)),
         token=f"relu-{name}",
@@ -309,9 +311,14 @@ def _chunk_slopes_gradient(summed: tuple[int, ...], dy: Any, x: Any) -> Any:
 
 
 def _narrow(dtype: Any, total: Any) -> Any:
-    """Return sums in a dtype, silently: they may be beyond its range. NumPy's may be a scalar."""
+    """Return sums in a dtype, silently: they may be beyond its range."""
     with np.errstate(all="ignore"):
-        return (np.asarray(total) if isinstance(total, np.generic) else total).astype(dtype)
+        return total.astype(dtype)
+
+
+def _on_arrays(function: Callable[..., Any], *chunks: Any) -> Any:
+    """Call a function with arrays where Dask's own reductions and indexing have made scalars."""
+    return function(*(np.asarray(c) if isinstance(c, np.generic) else c for c in chunks))
 
 
 def _check_chunks(dy: Any, x: Any) -> None:

@@ -48,7 +48,7 @@ def forward(numbers: Rounded, x: Any, out: Any) -> Any:
     """Return f(x). See `relu_xp.backends.Backend`."""
     xp = _namespace(x)
     lower, low = x <= numbers.threshold, _low(numbers, x)
-    if numbers.negative_slope == 0 and numbers.positive_slope < 0:
+    if numbers.zero_below and numbers.mirrored:
         x = xp.where(lower, low, x)  # in its derivative the last: it makes +0 of a dead unit's -0.0
     high = _high(numbers, x)
     if numbers.max_value is not None:
@@ -69,7 +69,7 @@ def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
     upper = saved
     if numbers.pieces == 3:
         upper = saved == 1
-        if numbers.negative_slope != 0:  # else it is 0 already, and a scalar
+        if not numbers.zero_below:  # else it is 0 already, and a scalar
             low = xp.where(saved == 2, 0.0, low)
     return _store(xp.where(upper, high, low), out)
 
@@ -97,10 +97,10 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
         values = xp.ones_like(slopes if x is None else x, dtype=slopes.dtype)
     slopes = xp.astype(slopes, values.dtype, copy=False)
     low = values if x is None else xp.where(x <= 0, values, 0.0)
-    product = low * slopes
+    nothing = slopes == 0
+    product = xp.where(nothing & ~xp.isfinite(low), 0.0, low) * slopes
     zero = xp.astype(product != 0, product.dtype)  # a constant 0 a compiler would leave out
-    nothing = xp.where(xp.isfinite(product), product + zero, 0.0)
-    product = xp.where(slopes == 0, nothing, product)
+    product = xp.where(nothing, product + zero, product)
     lower = slopes != 1 if x is None else x <= 0
     return _store(xp.where(lower, product, values), out)
 
@@ -219,11 +219,11 @@ def _namespace(x: Any) -> Any:
 
 
 def _high(numbers: Rounded, x: Any) -> Any:
-    return x if numbers.positive_slope == 1 else x * numbers.positive_slope
+    return x if numbers.self_above else x * numbers.positive_slope
 
 
 def _low(numbers: Rounded, x: Any) -> Any:
-    if numbers.negative_slope == 0:
+    if numbers.zero_below:
         return 0.0 if numbers.floating else 0
     return x * numbers.negative_slope
 

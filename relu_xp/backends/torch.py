@@ -30,7 +30,7 @@ from torch.compiler import is_compiling
 
 from relu_xp.activation import Rounded
 from relu_xp.backends import generic
-from relu_xp.backends.generic import copy, dtype_name, fits, mask_nbytes, uniform
+from relu_xp.backends.generic import dtype_name, fits, mask_nbytes, uniform
 from relu_xp.dispatch import backend_for
 from relu_xp.mask import Mask, unpack
 
@@ -129,7 +129,10 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
 
 def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
     """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
-    return _variant("slopes_gradient", dy, x, slopes, out)
+    if _traced():
+        return generic.slopes_gradient(dy, x, slopes, out)
+    with torch.no_grad():  # else a layer's `grads` would keep every graph there was
+        return _variant("slopes_gradient", dy, x, slopes, out)
 
 
 def squared(x: Any, out: Any) -> Any:
@@ -157,15 +160,26 @@ def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
     return _variant("backward_both", dy, pieces, axis, out)
 
 
+def copy(x: Any) -> Any:
+    """Return x in memory that nobody else writes, apart from autograd's graph."""
+    return x.clone() if _traced() else x.detach().clone()
+
+
 def place(x: Any) -> tuple[str, Hashable]:
     """Return the library and device."""
     return "torch", x.device
 
 
 def check_out(out: Any, inputs: Sequence[Any]) -> None:
-    """Refuse an `out` that overlaps an input without being it; while traced, no memory is there."""
-    if not is_compiling():
-        generic.check_out(out, inputs)
+    """Refuse what overlaps an input without being it, or a leaf of autograd's graph."""
+    if is_compiling():  # where there is no memory yet
+        return
+    if out.requires_grad and out.is_leaf and is_grad_enabled():
+        raise ValueError(
+            "cannot be written: it is a leaf that requires a gradient; give another tensor, or "
+            "call within torch.no_grad()"
+        )
+    generic.check_out(out, inputs)
 
 
 def saved_nbytes(saved: Any) -> int:

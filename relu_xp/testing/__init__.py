@@ -14,6 +14,7 @@ conftest may import this module before pytest does.)
 
 from __future__ import annotations
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 from relu_xp import dispatch
@@ -58,9 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
                 return dispatch.namespace(name)
             except dispatch.LibraryError as error:
                 reason = f"{name} is {error.reason}"
-                if asked is not None or (gpu and name == "cupy"):
-                    pytest.fail(reason, pytrace=False)
-                pytest.skip(reason)
+            if asked is not None or (gpu and name == "cupy"):
+                pytest.fail(reason, pytrace=False)
+            pytest.skip(reason)
 
     # A plugin made now, because pytest asks a fixture for its parameters before any test.
     config.pluginmanager.register(Fixtures(), "relu_xp.testing.xp")
@@ -77,5 +78,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names) or len(set(names)) < len(names):
-        raise ValueError(text)  # argparse: "invalid _names value"
+        raise argparse.ArgumentTypeError(
+            f"{text!r} has an empty name, or one twice; give names, for example numpy,cupy"
+        )
     return names

@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 import relu_xp
 from relu_xp.activation import Activation, Rounded
+from relu_xp.arrays import to_numpy
 from relu_xp.backends import Backend
 from relu_xp.dispatch import backend_for
 from relu_xp.testing import oracle
-from relu_xp.testing.arrays import to_numpy
 
 try:
     import pytest
@@ -573,6 +573,95 @@ def test_out_is_written_or_refused(library: Library, dtype: str, numbers: dict[s
     check(layer.backward(back), back, dx)
     np.testing.assert_array_equal(library.numpy(x), host)
     np.testing.assert_array_equal(library.numpy(dy), gradient)
+
+
+def _variant(library: Library, name: str, x: Any, **options: Any) -> tuple[Any, Any, Any]:
+    """Return y of a variant, its pullback, and a function that returns the gradient by x."""
+    if name == "prelu":
+        y, pullback = relu_xp.prelu_vjp(x, _weight(library, 0.25), axis=0, **options)
+    elif name == "rrelu":
+        y, pullback = relu_xp.rrelu_vjp(x, rng=np.random.default_rng(2), **options)
+    elif name == "crelu":
+        y, pullback = relu_xp.crelu_vjp(x, axis=0, **options)
+    else:
+        y, pullback = relu_xp.squared_relu_vjp(x, **options)
+
+    def backward(dy: Any, **options: Any) -> Any:
+        result = pullback(dy, **options)
+        return result[0] if name == "prelu" else result
+
+    return y, pullback, backward
+
+
+_each_variant = pytest.mark.parametrize("name", ["prelu", "rrelu", "crelu", "squared_relu"])
+
+
+@_each_variant
+def test_a_variants_arrays_stay_arrays(library: Library, dtype: str, name: str) -> None:
+    """A1, D2: 0-d and empty ones too, and dy's dtype is that of its gradient."""
+    for shape in ((), (0,), (1,), (2, 3), (3, 0, 2)):
+        if name == "crelu" and not shape:
+            continue  # there is no axis to concatenate along
+        x = library.array(np.full(shape, -2.0, oracle.DTYPES[dtype]))
+        y, pullback, backward = _variant(library, name, x)
+        assert library.numpy(y).dtype == oracle.DTYPES[dtype]
+        for other in library.dtypes:
+            dx = library.numpy(backward(library.array(np.ones(y.shape, oracle.DTYPES[other]))))
+            assert (dx.shape, dx.dtype) == (shape, oracle.DTYPES[other])
+        if 0 not in shape:
+            assert pullback.saved_nbytes > 0
+
+
+@_each_variant
+def test_a_variant_keeps_and_writes_nothing_of_the_callers(
+    library: Library, dtype: str, name: str
+) -> None:
+    """A2, A3: overwriting x and y after forward changes no gradient."""
+    host = np.array([-1.0, 2.0, -0.0, 5.0, -0.75, 0.5] * 40, oracle.DTYPES[dtype])
+    x = library.array(host.copy())
+    y, _, backward = _variant(library, name, x)
+    gradient = np.cos(np.arange(y.shape[0])).astype(oracle.DTYPES[dtype])
+    dy = library.array(gradient.copy())
+    wanted = library.numpy(backward(dy)).copy()
+    assert library.numpy(x).tobytes() == host.tobytes(), "x was written"
+    assert library.numpy(dy).tobytes() == gradient.tobytes(), "dy was written"
+    for mine in (x, y):
+        with contextlib.suppress(TypeError):  # of a library whose arrays cannot be written
+            relu_xp.relu(library.array(np.full(mine.shape, 7, host.dtype)), out=mine)
+    for _ in range(2):
+        np.testing.assert_array_equal(library.numpy(backward(dy)), wanted)
+
+
+@_each_variant
+def test_a_variants_out_is_written_or_refused(library: Library, dtype: str, name: str) -> None:
+    """A4: `out` is another array, or the very input where that has the shape."""
+    host = np.linspace(-3, 3, 150).astype(oracle.DTYPES[dtype])
+    x = library.array(host.copy())
+    y, _, backward = _variant(library, name, x)
+    wanted = library.numpy(y).copy()
+    gradient = np.cos(np.arange(wanted.size)).astype(oracle.DTYPES[dtype])
+    wanted_dx = library.numpy(backward(library.array(gradient.copy()))).copy()
+
+    def fresh(size: int) -> Any:
+        return library.array(np.full(size, 77, host.dtype))
+
+    try:
+        _variant(library, name, x, out=fresh(wanted.size))
+    except TypeError:
+        with pytest.raises(TypeError, match="cannot be written"):
+            backward(library.array(gradient), out=fresh(host.size))
+        return
+    itself, dy = library.array(host.copy()), library.array(gradient.copy())
+    pairs = [(x, fresh(wanted.size), library.array(gradient.copy()), fresh(host.size))]
+    if wanted.shape == host.shape:
+        pairs.append((itself, itself, dy, dy))
+    for mine, out, back, into in pairs:
+        y, _, backward = _variant(library, name, mine, out=out)
+        assert y is out
+        np.testing.assert_array_equal(library.numpy(y), wanted)
+        dx = backward(back, out=into)
+        assert dx is into
+        np.testing.assert_array_equal(library.numpy(dx), wanted_dx)
 
 
 def test_an_out_that_does_not_fit_is_refused(library: Library) -> None:

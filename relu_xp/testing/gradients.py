@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 import relu_xp
 from relu_xp.activation import Activation
+from relu_xp.arrays import from_numpy, to_numpy
 from relu_xp.dispatch import backend_for
-from relu_xp.testing.arrays import from_numpy, to_numpy
 from relu_xp.testing.oracle import Format, Member
 
 __all__ = ["check_gradient"]
@@ -153,7 +153,7 @@ class _Subject:
                 "function that returns (y, pullback)"
             )
         elif callable(function) or _is_layer(function):
-            self._name = getattr(function, "__qualname__", None) or repr(function)
+            self._name = getattr(function, "__qualname__", None) or type(function).__name__
             if isinstance(function, relu_xp.ReLU) and _is_ours(function):
                 self.activation = function.activation
         else:
@@ -341,9 +341,13 @@ class _Subject:
         where: str,
     ) -> AssertionError:
         place = f"[{', '.join(map(str, index))}]" if index else ""
+        seen = ""
+        if index and self._dy.size == operand.host.size:  # else which of them it was, who knows
+            at = np.ravel_multi_index(index, operand.host.shape)
+            seen = f" (for dy = {self._dy[at]:.6g} there)"
         return AssertionError(
             f"check_gradient: the gradient of {self._name} with respect to {operand.label}{place} "
-            f"= {value:.9g} is {got:.6g}, expected {expected:.6g} {where}"
+            f"= {value:.9g} is {got:.6g}, expected {expected:.6g} {where}{seen}"
         )
 
 

@@ -27,6 +27,8 @@ def to_numpy(x: Any) -> npt.NDArray[Any]:
     TypeError
         If the library offers no way, or none for this dtype.
     """
+    if hasattr(x, "detach"):  # from the graph of PyTorch's autograd
+        x = x.detach()
     try:
         return np.from_dlpack(x)
     except Exception:  # no DLPack, a dtype that it does not know, or another device
