@@ -62,7 +62,7 @@ def table():
     def dy(value):
         return np.full_like(x, value)
 
-    relu = relu_xp.relu(x)
+    relu, tenth = relu_xp.relu(x), np.array([0.1], np.float32)
     gradients = {v: relu_xp.relu_backward(dy(v), x) for v in (np.nan, -1.0)}
     with np.errstate(invalid="ignore"):
         rows = [
@@ -72,6 +72,12 @@ def table():
             ("relu_backward(-1, x)", gradients[-1], None),
             ("relu6(x)", relu_xp.relu6(x), None),
             ("leaky_relu(x, 0.1)", relu_xp.leaky_relu(x, 0.1), None),
+            ("prelu(x, [0.1])", relu_xp.prelu(x, tenth), None),
+            ("prelu(x, [0.0])", relu_xp.prelu(x, 0 * tenth), None),
+            ("rrelu(x, 0.0, 0.2)", relu_xp.rrelu(x, 0.0, 0.2), None),
+            ("crelu(x), first half", *np.split(relu_xp.crelu(x, axis=0), 2)[:1], None),
+            ("crelu(x), second half", *np.split(relu_xp.crelu(x, axis=0), 2)[1:], None),
+            ("squared_relu(x)", relu_xp.squared_relu(x), None),
             ("x * (x > 0)", x * (x > 0), relu),
             ("(abs(x) + x) / 2", (abs(x) + x) / 2, relu),
             ("np.where(x > 0, x, 0)", np.where(x > 0, x, np.float32(0)), relu),
