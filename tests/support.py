@@ -70,7 +70,7 @@ def properties_of(item):
     """Return what a report is to say of a test over the libraries."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     function = function_of(item.function.__name__, parameters.get("member"))
-    if function is None or "dtype" not in parameters:
+    if function is None or "dtype" not in parameters or isinstance(parameters["xp"], str):
         return []
     return [
         ("library", parameters["xp"].name),
