@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import math
 from typing import Any, ClassVar, TypeVar
@@ -42,21 +43,12 @@ __all__ = [
 ArrayT = TypeVar("ArrayT")
 
 
-class Layer:
-    """What all layers are: a forward pass, and the gradient of the latest one.
-
-    A subclass has `_evaluate`, and `_save` which returns a pullback too.
-    """
+class Layer(abc.ABC):
+    """What all layers are: a forward pass, and the gradient of the latest one."""
 
     _pullback: Any = None  # of the class, so that a layer just unpickled has it too
     _inplace = False
     _keeps_shape = True
-
-    def _evaluate(self, x: Any, out: Any) -> Any:
-        raise NotImplementedError
-
-    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
-        raise NotImplementedError
 
     @property
     def params(self) -> list[Any]:
@@ -87,35 +79,9 @@ class Layer:
         nbytes: int = 0 if self._pullback is None else self._pullback.saved_nbytes
         return nbytes
 
+    @abc.abstractmethod
     def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
-        """Apply the activation and remember what `backward` needs.
-
-        Parameters
-        ----------
-        x : array, any shape
-            float16, bfloat16, float32 or float64.
-        training : bool, optional
-            False saves nothing, and leaves alone what an earlier call saved.
-        out : array, like the result, optional
-            Where to write the result. Not for a layer that works in place.
-
-        Returns
-        -------
-        array, dtype of `x`
-
-        Raises
-        ------
-        TypeError, ValueError
-            As the layer's function. What an earlier call saved is then still there.
-        """
-        if self._inplace:
-            out = self._itself("forward", x, out)
-        y: ArrayT
-        if training:
-            y, self._pullback = self._save(x, out)
-        else:
-            y = self._evaluate(x, out)
-        return y
+        """Apply the activation and remember what `backward` needs."""
 
     def __call__(self, x: ArrayT, /, **options: Any) -> ArrayT:
         """Return ``self.forward(x, **options)``."""
@@ -370,7 +336,49 @@ class ThresholdedReLU(ReLU):
         self._set(negative_slope, threshold, positive_slope, max_value, inplace)
 
 
-class PReLU(Layer):
+class Variant(Layer):
+    """A layer of `relu_xp.variants`."""
+
+    @abc.abstractmethod
+    def _evaluate(self, x: Any, out: Any) -> Any:
+        """Return y."""
+
+    @abc.abstractmethod
+    def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
+        """Return y and its pullback."""
+
+    def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
+        """Apply the activation and remember what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, any shape
+            float16, bfloat16, float32 or float64.
+        training : bool, optional
+            False saves nothing, and leaves alone what an earlier call saved.
+        out : array, like the result, optional
+            Where to write the result. Not for a layer that works in place.
+
+        Returns
+        -------
+        array, dtype of `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the layer's function. What an earlier call saved is then still there.
+        """
+        if self._inplace:
+            out = self._itself("forward", x, out)
+        y: ArrayT
+        if training:
+            y, self._pullback = self._save(x, out)
+        else:
+            y = self._evaluate(x, out)
+        return y
+
+
+class PReLU(Variant):
     """`relu_xp.prelu` as a layer, whose negative slope is learned (He et al., 2015).
 
     `params` is the list ``[weight]`` and `grads` the list of its gradient, as the layers of "Deep
@@ -496,7 +504,7 @@ def _on_the_host(array: Any) -> Any:
         return to_numpy(xp.astype(array, xp.float32))
 
 
-class RReLU(Layer):
+class RReLU(Variant):
     """`relu_xp.rrelu` as a layer (Xu et al., 2015).
 
     ``forward(x)`` draws a slope for each element, ``forward(x, training=False)`` takes the mean.
@@ -549,7 +557,7 @@ class RReLU(Layer):
         return f"RReLU({lower!r}, {upper!r}{', inplace=True' * self.inplace})"
 
 
-class CReLU(Layer):
+class CReLU(Variant):
     """`relu_xp.crelu` as a layer (Shang et al., 2016): y is twice as long as x along an axis.
 
     Parameters
@@ -578,7 +586,7 @@ class CReLU(Layer):
         return f"CReLU(axis={self._axis})"
 
 
-class SquaredReLU(Layer):
+class SquaredReLU(Variant):
     """`relu_xp.squared_relu` as a layer (So et al., 2021).
 
     Parameters
