@@ -37,9 +37,13 @@ def pytest_configure(config):
         config.pluginmanager.register(support.Ran(config.getoption("--ran")))
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     for item in items:
         item.user_properties += support.properties_of(item)
+    if "exhaustive" not in config.option.markexpr:
+        long = [item for item in items if item.get_closest_marker("exhaustive")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
 
 
 def unavailable(config, reason, gpu=False):

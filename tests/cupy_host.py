@@ -38,6 +38,7 @@ _SHIM = r"""
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <setjmp.h>
 #include <ucontext.h>
 using std::ptrdiff_t;
 #define __CUDACC_VER_MAJOR__ 13
@@ -55,25 +56,34 @@ inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 MINMAX(int) MINMAX(float) MINMAX(double)
 
 // A warp: each thread runs until it votes, shuffles or ends; then the next one has its turn. When a
-// thread goes on, all that it named must have come to the same call.
+// thread goes on, all that it named must have come to the same call. Contexts only begin a thread:
+// to swap two of them asks the kernel for a signal mask, a hundred times what a jump takes.
 namespace host {
 
 constexpr int warp = 32;
-static ucontext_t scheduler, threads[warp];
+static jmp_buf scheduler, threads[warp];
+static ucontext_t beginnings[warp];
 static char stacks[warp][1 << 16];
-static bool ended[warp];
+static bool begun[warp], ended[warp];
 static unsigned int calls[warp], values[2][warp];
 
-static void turn(int lane) {
+__attribute__((noinline)) static void turn(int lane) {
   threadIdx.x = lane;
-  swapcontext(&scheduler, &threads[lane]);
+  if (_setjmp(scheduler)) return;
+  if (begun[lane]) _longjmp(threads[lane], 1);
+  begun[lane] = true;
+  setcontext(&beginnings[lane]);
+}
+
+__attribute__((noinline)) static void give_way(int lane) {
+  if (!_setjmp(threads[lane])) _longjmp(scheduler, 1);
 }
 
 static unsigned int meet(unsigned int mask, unsigned int value) {
   const int lane = threadIdx.x;
   const unsigned int call = calls[lane]++;
   values[call % 2][lane] = value;
-  swapcontext(&threads[lane], &scheduler);
+  give_way(lane);
   for (int other = 0; other < warp; ++other) {
     if ((mask >> other & 1) && calls[other] <= call) {
       std::fprintf(stderr, "thread %d waits for %d, which does not come\n", lane, other);
@@ -88,17 +98,17 @@ template <class Body> void run(Body body) {
   static Body* current;
   current = &body;
   for (int lane = 0; lane < warp; ++lane) {
-    ended[lane] = false;
+    begun[lane] = ended[lane] = false;
     calls[lane] = 0;
-    getcontext(&threads[lane]);
-    threads[lane].uc_stack.ss_sp = stacks[lane];
-    threads[lane].uc_stack.ss_size = sizeof(stacks[lane]);
-    threads[lane].uc_link = &scheduler;
+    getcontext(&beginnings[lane]);
+    beginnings[lane].uc_stack.ss_sp = stacks[lane];
+    beginnings[lane].uc_stack.ss_size = sizeof(stacks[lane]);
     void (*entry)() = [] {
       (*current)();
       ended[threadIdx.x] = true;
+      _longjmp(scheduler, 1);
     };
-    makecontext(&threads[lane], entry, 0);
+    makecontext(&beginnings[lane], entry, 0);
   }
   for (int left = warp; left;) {
     left = 0;
