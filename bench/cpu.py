@@ -599,9 +599,7 @@ def main() -> None:
         measure.print_table(rows, section.columns.split())
         result[name] = {
             "conditions": conditions | {"quick": options.quick},
-            "rows": json.loads(
-                json.dumps(rows), parse_float=lambda text: float(f"{float(text):.4g}")
-            ),
+            "rows": measure.rounded(rows),
         }
         measure.save(path, result)  # each, lest a later one's failure lose it
     if path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from operator import truediv
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +171,7 @@ def main() -> None:
     conditions = measure.conditions("torch", "jax", "llvmlite", "ml_dtypes")
     result = {
         "conditions": conditions | {"quick": options.quick},
-        "rows": json.loads(json.dumps(rows), parse_float=lambda text: float(f"{float(text):.4g}")),
+        "rows": measure.rounded(rows),
     }
     measure.save(options.json or (None if options.quick else RESULTS), result)
 

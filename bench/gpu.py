@@ -858,8 +858,7 @@ def measured(card: Any, names: Iterable[str], effort: Effort) -> Iterator[dict[s
     for name in names:
         rows: list[Row] = []
         for more in SECTIONS[name](card, effort):
-            text = json.dumps(more)
-            rows += json.loads(text, parse_float=lambda text: float(f"{float(text):.4g}"))
+            rows += measure.rounded(more)
             tables = {name: rows} | ({"targets": targets(rows)} if name == "passes" else {})
             yield {name: {"conditions": conditions, "rows": rows} for name, rows in tables.items()}
 

@@ -373,6 +373,14 @@ def conditions(*packages: str) -> dict[str, Any]:
     }
 
 
+def rounded(rows: Sequence[Row]) -> list[Row]:
+    """Return rows with four digits of each figure, which is more than they tell."""
+    found: list[Row] = json.loads(
+        json.dumps(rows), parse_float=lambda text: float(f"{float(text):.4g}")
+    )
+    return found
+
+
 def save(path: str | Path | None, result: Mapping[str, Any]) -> None:
     """Write a result as JSON, if a path was given."""
     if path:

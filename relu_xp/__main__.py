@@ -30,7 +30,7 @@ from relu_xp.backends import threads
 
 __all__ = ["main"]
 
-# Module -> what it is for; their versions are told by `info`. Array libraries come from dispatch.
+# Modules whose versions `info` tells; array libraries come from dispatch.
 _OPTIONAL = ("distributed", "ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
 
 _NUMBERS = {
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_shape,
         default=formulas.SHAPE,
         metavar="MxN",
-        help=f"of the array (default: {_times(formulas.SHAPE)})",
+        help=f"of the array (default: {formulas.shape_text(formulas.SHAPE)})",
     )
     command.add_argument(
         "--dtype",
@@ -223,20 +223,16 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def _times(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
 def _plot(arguments: argparse.Namespace) -> int:
     given = {name: getattr(arguments, name) for name in _NUMBERS}
     numbers = {name: value for name, value in given.items() if value is not None}
-    file = arguments.output or f"{arguments.layer}.png"
     kind = getattr(layers, arguments.layer)
+    file = arguments.output or f"{kind.__name__}.png"
     taken = [name for name in _NUMBERS if name in inspect.signature(kind).parameters]
     for name in numbers.keys() - set(taken):
         option, *others = ("--" + one.replace("_", "-") for one in (name, *taken))
         but = f", but {', '.join(others)}" * bool(others)
-        arguments.parser.error(f"argument {option}: {arguments.layer} does not take it{but}")
+        arguments.parser.error(f"argument {option}: {kind.__name__} does not take it{but}")
     try:
         layer = kind(**numbers)
         setting = training.choose(arguments.backend)
@@ -312,7 +308,7 @@ def _formulas(arguments: argparse.Namespace) -> int:
         {
             "backend": setting.backend,
             "device": setting.device,
-            "array": f"{_times(arguments.shape)}, {dtype}",
+            "array": f"{formulas.shape_text(arguments.shape)}, {dtype}",
         }
     )
     sys.stdout.flush()  # ahead of the progress bar, also where stdout is a file
@@ -439,7 +435,7 @@ def _version(module: str, distribution: str) -> str:
 
 def _kernels(library: str) -> str:
     """Tell what serves a library's arrays: the backend's module, and its kernels if any."""
-    module = dispatch.serving(library)
+    module = dispatch.module_of(library)
     if module == dispatch.COMPILED:
         loader = importlib.import_module(f"{module}.loader").loader
         return f"{module} ({loader.describe()})"

@@ -54,6 +54,14 @@ class Activation:
     max_value : float or None
         ``c``, the ceiling; None for none.
 
+    Attributes
+    ----------
+    rounded : dict of str to Rounded
+        The numbers as each dtype seen so far holds them (`round_to`).
+    served : dict
+        Of the classes and dtypes of arrays seen so far: the backend and the rounded numbers
+        (`relu_xp.checks.serving`).
+
     Raises
     ------
     TypeError
@@ -69,8 +77,6 @@ class Activation:
     max_value: float | None = None
     rounded: dict[Any, Rounded] = field(default_factory=dict, init=False, repr=False, compare=False)
     served: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    # What `rounded` is for the dtype, `served` is for the array: its backend and its numbers.
 
     def __post_init__(self) -> None:
         for name in ("threshold", "negative_slope", "positive_slope"):
@@ -88,8 +94,8 @@ class Activation:
                 )
 
     def __reduce__(self) -> tuple[Any, tuple[float | None, ...]]:
-        numbers = (self.negative_slope, self.threshold, self.positive_slope, self.max_value)
-        return activation_of, numbers
+        given = (self.negative_slope, self.threshold, self.positive_slope, self.max_value)
+        return activation_of, given
 
     def round_to(self, dtype_name: str) -> Rounded:
         """Return the numbers rounded to a dtype: always the same object, kept in `rounded`.
@@ -110,10 +116,10 @@ class Activation:
         ValueError
             If the dtype is an integer one that cannot hold the numbers.
         """
-        rounded = self.rounded.get(dtype_name)
-        if rounded is None:  # another thread may be as far
-            rounded = self.rounded.setdefault(dtype_name, Rounded(self, dtype_name))
-        return rounded
+        found = self.rounded.get(dtype_name)
+        if found is None:  # another thread may be as far
+            found = self.rounded.setdefault(dtype_name, Rounded(self, dtype_name))
+        return found
 
 
 def activation_of(

@@ -33,8 +33,8 @@ __all__ = [
     "backend_for",
     "describe",
     "how_to_move",
+    "module_of",
     "namespace",
-    "serving",
     "warmup",
 ]
 
@@ -165,7 +165,7 @@ def availability(name: str) -> str | None:
     return None
 
 
-def serving(name: str) -> str:
+def module_of(name: str) -> str:
     """Return the module of the backend that serves a library's arrays, without importing it."""
     entry_point = _third_party(name)
     if entry_point is not None:
@@ -182,7 +182,7 @@ def warmup() -> None:
     seconds, once on a machine, and far less when the disk has them. Does nothing where llvmlite is
     not installed (extra ``jit``); ``relu-xp info`` tells.
     """
-    if serving("numpy") == COMPILED:
+    if module_of("numpy") == COMPILED:
         importlib.import_module(f"{COMPILED}.loader").loader.make_all()
 
 
@@ -225,7 +225,7 @@ def _load(library: str) -> Backend:
     entry_point = _third_party(library)
     if entry_point is not None:
         return cast(Backend, entry_point.load())
-    return cast(Backend, importlib.import_module(serving(library)))
+    return cast(Backend, importlib.import_module(module_of(library)))
 
 
 def _third_party(library: str) -> importlib.metadata.EntryPoint | None:

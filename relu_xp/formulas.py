@@ -304,15 +304,20 @@ def measure(
     Raises
     ------
     ValueError
-        If the library, or the dtype, cannot be had, or no array can have the shape.
+        If the library, or the dtype, cannot be had, no array can have the shape, `repeats` is below
+        1 or `seed` below 0.
     MemoryError
         If the array, or what a formula makes of it, does not fit.
     """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     setting = training.choose(backend)
     xp, dtype = setting.namespace, choose_dtype(setting, dtype)
-    if dispatch.serving(setting.backend) == dispatch.COMPILED:
+    if dispatch.module_of(setting.backend) == dispatch.COMPILED:
         dispatch.warmup()
-    what = f"{'x'.join(map(str, shape))} of {dtype}"
+    what = f"{shape_text(shape)} of {dtype}"
     findings = {formula: where_wrong(formula, xp, dtype) for formula in FORMULAS}
     kinds = {formula: {finding.kind for finding in findings[formula]} for formula in FORMULAS}
     running = [formula for formula in FORMULAS if "cannot run" not in kinds[formula]]
@@ -445,6 +450,11 @@ def _settled(y: Any) -> Any:
 
         torch.cuda.synchronize(y.device)
     return y
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Return a shape as the command line has it, for example ``"5000x5000"``."""
+    return "x".join(map(str, shape))
 
 
 def _random(xp: Any, shape: Sequence[int], dtype: str, seed: int) -> Any:

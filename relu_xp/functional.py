@@ -37,7 +37,7 @@ def relu(
     max_value: float | None = None,
     out: ArrayT | None = None,
 ) -> ArrayT:
-    """Apply a rectified linear unit to every element.
+    """Apply a rectified linear unit to every element (Nair and Hinton, 2010).
 
     ``f(x) = negative_slope * x`` where ``x <= threshold``, else
     ``min(positive_slope * x, max_value)``. NaN stays NaN; with a negative slope of 0, everything at
@@ -347,13 +347,25 @@ class Pullback:
 
     @property
     def saved_nbytes(self) -> int:
-        """Bytes held for the gradient."""
+        """Bytes held for the gradient.
+
+        Raises
+        ------
+        ValueError
+            If Dask does not know the size of x before it is computed.
+        """
         return self._backend.saved_nbytes(self._saved)
 
 
-def forward(function: str, activation: Activation, x: ArrayT, out: ArrayT | None) -> ArrayT:
-    """Return ``f(x)``, naming `function` where something is refused."""
-    backend, numbers = serving(function, "x", x, activation)
+def forward(
+    function: str,
+    activation: Activation,
+    x: ArrayT,
+    out: ArrayT | None,
+    floating: bool = False,
+) -> ArrayT:
+    """Return ``f(x)``, naming `function` where something is refused; integers if `floating`."""
+    backend, numbers = serving(function, "x", x, activation, floating)
     if out is not None and not backend.fits(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(numbers, x, out)

@@ -75,7 +75,13 @@ class Layer(abc.ABC):
 
     @property
     def saved_nbytes(self) -> int:
-        """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from."""
+        """Bytes held between `forward` and `backward`; 0 if there is nothing to go back from.
+
+        Raises
+        ------
+        ValueError
+            If Dask does not know the size of x before it is computed.
+        """
         nbytes: int = 0 if self._pullback is None else self._pullback.saved_nbytes
         return nbytes
 
@@ -136,6 +142,11 @@ class Layer(abc.ABC):
             )
         return array
 
+    def _shown(self, *arguments: str) -> str:
+        """Return what `repr` does, of a layer that was made with some arguments."""
+        inplace = ["inplace=True"] * self._inplace
+        return f"{type(self).__name__}({', '.join([*arguments, *inplace])})"
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state.pop("_pullback", None)  # an array on a device, and of one pass only
@@ -143,7 +154,7 @@ class Layer(abc.ABC):
 
 
 class ReLU(Layer):
-    """A rectified linear unit with a backward pass, for arrays of any library.
+    """`relu_xp.relu` with a backward pass, for arrays of any library (Nair and Hinton, 2010).
 
     The layer holds the mask of its latest `forward` (what `relu_xp.relu_vjp` keeps, mostly one bit
     an element; never the input or output, so both may be overwritten), and `backward` consumes it.
@@ -258,9 +269,7 @@ class ReLU(Layer):
                 given.insert(0, repr(value))
             elif value != default:
                 given.append(f"{name}={value!r}")
-        if self.inplace:
-            given.append("inplace=True")
-        return f"{type(self).__name__}({', '.join(given)})"
+        return self._shown(*given)
 
 
 Relu = ReLU  # the name that the textbook's class has
@@ -387,7 +396,8 @@ class PReLU(Variant):
     arrays cannot be written).
 
     The weight lies in one library. For another one make the layer with `xp`, or move it:
-    ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle it is a NumPy array.
+    ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle it is a NumPy array; `repr`
+    tells neither its values nor its library.
 
     Parameters
     ----------
@@ -407,7 +417,8 @@ class PReLU(Variant):
     Raises
     ------
     TypeError, ValueError
-        If a number is of the wrong kind, `num_parameters` below 1, or `init` not finite.
+        If a number is of the wrong kind, `num_parameters` below 1, or `init` not finite in `dtype`;
+        TypeError also if `xp` is no array library, or `dtype` not a floating one.
 
     Examples
     --------
@@ -446,7 +457,7 @@ class PReLU(Variant):
             weight = xp.full((self._count,), self._init, dtype=dtype)
         serving("PReLU", "the weight", weight, Activation(), floating=True)  # or refuses
         if not math.isfinite(float(weight[0])):
-            raise ValueError(f"init must be finite in {dtype}, got {init}")
+            raise ValueError(f"init must be finite in {weight.dtype}, got {init}")
         self._params = [weight]
         self._grads = [xp.zeros((self._count,), dtype=dtype)]
 
@@ -488,8 +499,7 @@ class PReLU(Variant):
         return again
 
     def __repr__(self) -> str:
-        inplace = ", inplace=True" * self.inplace
-        return f"PReLU({self._count}, init={self._init}, axis={self._axis}{inplace})"
+        return self._shown(str(self._count), f"init={self._init}", f"axis={self._axis}")
 
 
 _WEIGHT = "layer.params[0]"  # in messages
@@ -508,6 +518,7 @@ class RReLU(Variant):
     """`relu_xp.rrelu` as a layer (Xu et al., 2015).
 
     ``forward(x)`` draws a slope for each element, ``forward(x, training=False)`` takes the mean.
+    `repr` does not tell the generator.
 
     Parameters
     ----------
@@ -547,14 +558,13 @@ class RReLU(Variant):
         return self._activation
 
     def _evaluate(self, x: Any, out: Any) -> Any:
-        return forward("forward", self._activation, x, out)
+        return forward("forward", self._activation, x, out, floating=True)
 
     def _save(self, x: Any, out: Any) -> tuple[Any, Any]:
         return rrelu_saving("forward", x, *self._bounds, self.rng, out)
 
     def __repr__(self) -> str:
-        lower, upper = self._bounds
-        return f"RReLU({lower!r}, {upper!r}{', inplace=True' * self.inplace})"
+        return self._shown(*map(repr, self._bounds))
 
 
 class CReLU(Variant):
@@ -583,7 +593,7 @@ class CReLU(Variant):
         return crelu_saving("forward", x, self._axis, out)
 
     def __repr__(self) -> str:
-        return f"CReLU(axis={self._axis})"
+        return self._shown(f"axis={self._axis}")
 
 
 class SquaredReLU(Variant):
@@ -605,4 +615,4 @@ class SquaredReLU(Variant):
         return squared_relu_saving("forward", x, out)
 
     def __repr__(self) -> str:
-        return f"SquaredReLU({'inplace=True' * self.inplace})"
+        return self._shown()

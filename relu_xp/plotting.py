@@ -151,7 +151,7 @@ def formulas_chart(measured: formulas.Measured, file: str | os.PathLike[str]) ->
     _plain(axes)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(f"{unit} a call, median of {max(len(row.seconds) for row in measured.rows)}")
-    shape = "x".join(map(str, measured.shape))
+    shape = formulas.shape_text(measured.shape)
     figure.suptitle(f"ReLU, as it is written: {measured.backend}, {shape}, {measured.dtype}")
     _save(figure, file)
 

@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar, cast
 
 from relu_xp.activation import ONE, ZERO, Activation, activation_of, real
-from relu_xp.backends import Backend
+from relu_xp.backends import Backend, doubled
 from relu_xp.checks import check_out, check_place, check_shape, fitting, serving, whole
 from relu_xp.functional import forward, forward_saving
 
 __all__ = [
     "VariantPullback",
-    "checked_bounds",
     "crelu",
     "crelu_vjp",
     "prelu",
@@ -89,8 +88,8 @@ class VariantPullback(Generic[GradientT]):
         PReLU's takes one more: memory for the gradient of the weight, used if it fits.
         """
         fitting(function, dy, _RELU, self._place, self._shape, "forward saw")
-        if out is not None:
-            shape = None if self._shape == self._dx_shape else self._dx_shape
+        shape = None if self._shape == self._dx_shape else self._dx_shape
+        if out is not None and (shape or not self._backend.fits(out, dy, dy)):
             check_out(function, out, dy, "dy", (dy,), self._backend, shape)
         return self._compute(dy, out, *more)
 
@@ -135,7 +134,8 @@ def prelu(x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = N
     Raises
     ------
     TypeError, ValueError
-        As `relu_xp.relu`; also TypeError for integers, and either for a `weight` that does not fit.
+        As `relu_xp.relu`; also TypeError for integers or an axis that is no whole number, and
+        either for a `weight` that does not fit.
 
     Notes
     -----
@@ -185,8 +185,7 @@ def prelu_forward(
     """Return `prelu`, naming `function` where something is refused."""
     backend, _ = _serving(function, x)
     slopes, *_ = _slopes(function, name, backend, x, weight, axis)
-    if out is not None:
-        check_out(function, out, x, "x", (x, weight), backend)
+    _check_out(function, out, x, weight, backend)
     return backend.sloped(x, x, slopes, out)
 
 
@@ -195,20 +194,17 @@ def prelu_saving(
 ) -> tuple[Any, VariantPullback[Any]]:
     """Return `prelu` and its pullback, naming `function` where something is refused."""
     backend, width = _serving(function, x)
-    slopes, there, back = _slopes(function, name, backend, x, weight, axis)
-    _, slope_width = _serving(function, weight)
-    if out is not None:
-        check_out(function, out, x, "x", (x, weight), backend)
-    saved, slopes = backend.copy(x), backend.copy(slopes)
+    slopes, slope_width, there, back = _slopes(function, name, backend, x, weight, axis)
+    _check_out(function, out, x, weight, backend)
+    saved, kept = backend.copy(x), backend.copy(slopes)
 
     def compute(dy: Any, out: Any, gradient: Any = None) -> tuple[Any, Any]:
-        if _reusable(
-            backend, gradient, slopes[back], dy, out
-        ):  # and all that before dx: out may be dy
-            backend.slopes_gradient(dy, saved, slopes, gradient[there])
+        # The weight's gradient comes first: out may be dy.
+        if _reusable(backend, gradient, kept[back], dy, out):
+            backend.slopes_gradient(dy, saved, kept, gradient[there])
         else:
-            gradient = backend.slopes_gradient(dy, saved, slopes, None)[back]
-        return backend.sloped(dy, saved, slopes, out), gradient
+            gradient = backend.slopes_gradient(dy, saved, kept, None)[back]
+        return backend.sloped(dy, saved, kept, out), gradient
 
     y = backend.sloped(x, x, slopes, out)
     nbytes = (_size(x) * width + _size(slopes) * slope_width) / 8
@@ -251,8 +247,8 @@ def rrelu(
     Raises
     ------
     TypeError, ValueError
-        As `relu_xp.relu`; also ValueError if `lower` is above `upper`, TypeError for an `rng` that
-        cannot draw, or integers with one.
+        As `relu_xp.relu`; also TypeError for integers and for an `rng` that cannot draw, ValueError
+        if `lower` is above `upper`.
 
     Examples
     --------
@@ -265,7 +261,7 @@ def rrelu(
     """
     bounds, mean = checked_bounds(lower, upper)
     if rng is None:
-        return forward("rrelu", mean, x, out)
+        return forward("rrelu", mean, x, out, floating=True)
     backend, _ = _serving("rrelu", x, out)
     slopes, _ = _drawn_slopes("rrelu", backend, x, *bounds, rng)
     return cast(ArrayT, backend.sloped(x, x, slopes, out))
@@ -298,7 +294,7 @@ def rrelu_vjp(
     Raises
     ------
     TypeError, ValueError
-        As `rrelu`; also TypeError for integers.
+        As `rrelu`.
     """
     bounds, mean = checked_bounds(lower, upper)
     if rng is None:
@@ -351,7 +347,8 @@ def crelu(x: ArrayT, /, *, axis: int = 1, out: ArrayT | None = None) -> ArrayT:
     Raises
     ------
     TypeError, ValueError
-        As `relu_xp.relu`; also TypeError for integers, ValueError if `x` has no such axis.
+        As `relu_xp.relu`; also TypeError for integers or an axis that is no whole number,
+        ValueError if `x` has no such axis.
 
     Examples
     --------
@@ -404,7 +401,7 @@ def crelu_saving(function: str, x: Any, axis: int, out: Any) -> tuple[Any, Varia
         return backend.backward_both(dy, pieces, axis, out)
 
     y = backend.both(x, axis, out)
-    return y, VariantPullback(backend, x, _doubled(x, axis), _size(x), compute)
+    return y, VariantPullback(backend, x, doubled(x.shape, axis), _size(x), compute)
 
 
 def squared_relu(x: ArrayT, /, *, out: ArrayT | None = None) -> ArrayT:
@@ -483,49 +480,61 @@ def squared_relu_saving(function: str, x: Any, out: Any) -> tuple[Any, VariantPu
 def _serving(function: str, x: Any, out: Any = None) -> tuple[Backend, int]:
     """Return the backend and the bits of an element, if x and an `out` like it are lawful."""
     backend, numbers = serving(function, "x", x, _RELU, floating=True)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
+    _check_out(function, out, x, x, backend)
     return backend, numbers.width
+
+
+def _check_out(function: str, out: Any, x: Any, other: Any, backend: Backend) -> None:
+    """Refuse an `out`, which may be None, that is not like x, or overlaps one of both."""
+    if out is not None and not backend.fits(out, x, other):
+        check_out(function, out, x, "x", (x, other), backend)
 
 
 def _slopes(
     function: str, name: str, backend: Backend, x: Any, weight: Any, axis: int
-) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-    """Return a weight with as many axes as x, if it fits, and the indices there and back."""
-    its_backend, _ = serving(function, name, weight, _RELU, floating=True)
+) -> tuple[Any, int, tuple[Any, ...], tuple[Any, ...]]:
+    """Return a weight with as many axes as x, if it fits, its width, and indices there and back."""
+    its_backend, numbers = serving(function, name, weight, _RELU, floating=True)
     check_place(function, name, weight, its_backend, backend.place(x), "x is")
-    count, ndim = math.prod(weight.shape), len(x.shape)
-    if count != 1 or len(weight.shape) > 1:
-        if len(weight.shape) != 1:
-            raise ValueError(
-                f"{function}: {name} has shape {tuple(weight.shape)}; give one slope, or an array "
-                "with one axis, that of the channels"
-            )
-        axis = _axis(function, x, axis)
-        if math.isnan(x.shape[axis]):
-            raise ValueError(
-                f"{function}: x has an unknown number of channels along axis {axis}; "
-                "call x.compute_chunk_sizes() first"
-            )
-        if count != x.shape[axis]:
-            raise ValueError(
-                f"{function}: {name} has {count} slopes, but x has {x.shape[axis]} channels along "
-                f"axis {axis} (shape {tuple(x.shape)})"
-            )
-    elif len(weight.shape):
-        axis = 0
+    ndim = len(x.shape)
+    axis = whole(f"{function}: axis", axis)
+    if len(weight.shape) > 1:
+        raise ValueError(
+            f"{function}: {name} has shape {tuple(weight.shape)}; give one slope, or an array "
+            "with one axis, that of the channels"
+        )
     there: tuple[Any, ...]
     back: tuple[Any, ...]
-    columns = range(ndim)
     if not len(weight.shape):
         there, back = (None,) * ndim, (0,) * ndim
-    elif not ndim:
+    elif not ndim and weight.shape[0] == 1:
         there, back = (0,), (None,)
     else:
-        there = tuple(slice(None) if i == axis else None for i in columns)
-        back = tuple(slice(None) if i == axis else 0 for i in columns)
+        axis = 0 if weight.shape[0] == 1 else _channels(function, name, x, weight, axis)
+        there = tuple(slice(None) if i == axis else None for i in range(ndim))
+        back = tuple(slice(None) if i == axis else 0 for i in range(ndim))
     # With an ellipsis a 0-d array stays an array.
-    return weight[(*there, ...)], (*there, ...), (*back, ...)
+    return weight[(*there, ...)], numbers.width, (*there, ...), (*back, ...)
+
+
+def _channels(function: str, name: str, x: Any, weight: Any, axis: int) -> int:
+    """Return the axis of x that has a channel for each of the slopes."""
+    axis = _axis(function, x, axis)
+    if math.isnan(x.shape[axis]):
+        raise _of_unknown_length(function, x, axis)
+    if weight.shape[0] != x.shape[axis]:
+        raise ValueError(
+            f"{function}: {name} has {weight.shape[0]} slopes, but x has {x.shape[axis]} channels "
+            f"along axis {axis} (shape {tuple(x.shape)})"
+        )
+    return axis
+
+
+def _of_unknown_length(function: str, x: Any, axis: int) -> ValueError:
+    return ValueError(
+        f"{function}: x has an unknown number of channels along axis {axis}; "
+        "call x.compute_chunk_sizes() first"
+    )
 
 
 def _reusable(backend: Backend, array: Any, like: Any, dy: Any, out: Any) -> bool:
@@ -556,13 +565,11 @@ def _crelu(function: str, x: Any, axis: int, out: Any) -> tuple[Backend, int]:
     """Return the backend and the axis counted from the first, if x and out fit."""
     backend, _ = _serving(function, x)
     axis = _axis(function, x, axis)
+    if math.isnan(x.shape[axis]):
+        raise _of_unknown_length(function, x, axis)
     if out is not None:
-        check_out(function, out, x, "x", (x,), backend, _doubled(x, axis))
+        check_out(function, out, x, "x", (x,), backend, doubled(x.shape, axis))
     return backend, axis
-
-
-def _doubled(x: Any, axis: int) -> tuple[int, ...]:
-    return tuple(n * (1 + (i == axis)) for i, n in enumerate(x.shape))
 
 
 def _size(x: Any) -> float:

@@ -26,8 +26,8 @@ TITLES = {
     "dask": "Dask",
     "array_api_strict": "array_api_strict",
 }
-# The oracle's member (tests/oracle.py) that stands for a function; other functions have tests whose
-# name begins with theirs.
+# The oracle's member that stands for a function; other functions have tests whose name begins with
+# theirs.
 FAMILY = {
     "relu": "relu",
     "leaky_relu": "leaky",

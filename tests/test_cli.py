@@ -333,7 +333,7 @@ def test_info_names_everything(info):
     assert list(found["Backends"]) == list(found["Kernels"]) == list(dispatch.LIBRARIES)
     assert set(dispatch.LIBRARIES) >= {"numpy", "cupy", "torch", "jax", "dask", "array_api_strict"}
     assert found["Backends"]["numpy"] == "available"
-    assert found["Kernels"]["numpy"].startswith(dispatch.serving("numpy"))
+    assert found["Kernels"]["numpy"].startswith(dispatch.module_of("numpy"))
     assert found["Kernels"]["cupy"].startswith("relu_xp.backends.cupy")
     assert re.match(r"[1-9]\d* ", found["CPU"]["threads"])
 

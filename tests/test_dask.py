@@ -295,6 +295,8 @@ def test_variants_of_unknown_sizes_say_what_to_do(da):
         relu_xp.rrelu(ragged, rng=np.random.default_rng(0))
     with pytest.raises(ValueError, match=f"^prelu: x has an unknown number of channels.*{advice}"):
         relu_xp.prelu(ragged, da.ones(2), axis=0)
+    with pytest.raises(ValueError, match=f"^crelu: x has an unknown number of channels.*{advice}"):
+        relu_xp.crelu(ragged, axis=0)
     layer = relu_xp.SquaredReLU()
     layer.forward(ragged)
     with pytest.raises(ValueError, match=f"not known before it is computed.*{advice}"):

@@ -439,6 +439,13 @@ def test_an_array_that_cannot_be_is_one_line(capsys, shape, message):
     assert "Traceback" not in err
 
 
+def test_impossible_numbers_are_refused():
+    for number in ({"seed": -1}, {"repeats": 0}):
+        ((name, value),) = number.items()
+        with pytest.raises(ValueError, match=f"^{name} must be at least .*, got {value}$"):
+            formulas.measure("numpy", shape=(3,), **number)
+
+
 @pytest.mark.parametrize("error", [MemoryError("12 GiB"), RuntimeError("out of Memory: 12 GiB")])
 def test_a_formula_may_be_what_does_not_fit(monkeypatch, error):
     def fail(xp, x):

@@ -152,15 +152,19 @@ def test_the_command_line(tmp_path, capsys, layer, suffix):
 
 def test_without_a_name_the_file_is_the_layers(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["plot", "ReLU6", "--curves", "both", "--backend", "numpy"]) == 0
-    assert [file.name for file in tmp_path.iterdir()] == ["ReLU6.png"]
-    assert "ReLU6.png" in capsys.readouterr().out
+    for given, name in (([], "ReLU"), (["relu"], "ReLU"), (["Relu"], "ReLU"), (["ReLU6"], "ReLU6")):
+        assert main(["plot", *given, "--curves", "both", "--backend", "numpy"]) == 0
+        (file,) = tmp_path.iterdir()
+        assert file.name == f"{name}.png"
+        assert file.name in capsys.readouterr().out
+        file.unlink()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["ReLU6", "--max-value", "3"], "argument --max-value: ReLU6 does not take it"),
+        (["relu", "--init", "3"], "argument --init: ReLU does not take it"),
         (["--threshold", "nan"], "threshold must be finite, got nan"),
         (["--positive-slope", "0"], "positive_slope must not be 0"),
         (["-o", "x.gif"], "'x.gif' must end in .png or .svg"),

@@ -253,6 +253,13 @@ def test_what_cannot_be_checked_is_refused():
         check_gradient(relu_xp.ReLU(), x, negative_slope=0.5)
     with pytest.raises(ValueError, match=r"dy has shape \(3,\), y has \(2,\)"):
         check_gradient(relu_xp.ReLU(), x, dy=np.ones(3))
+    with pytest.raises(TypeError, match="check_gradient: dy must be an array, got list"):
+        check_gradient(relu_xp.ReLU(), x, dy=[1.0, 1.0])
+    for option in ("out", "mask"):
+        with pytest.raises(
+            TypeError, match=f"check_gradient: relu_vjp is called without {option}="
+        ):
+            check_gradient(relu_xp.relu_vjp, x, **{option: np.ones(2)})
     narrow = Layer(lambda dy, x: dy, lambda x: x + np.ones(2, np.float16) * (1 / (x.itemsize == 2)))
     with np.errstate(all="raise"), pytest.raises(TypeError, match="x is float16, so that the diff"):
         check_gradient(narrow, np.ones(2, np.float16))

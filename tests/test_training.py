@@ -237,10 +237,10 @@ def test_choose(require):
 def test_serving_names_the_module_that_then_serves(require, library):
     require(library)
     x = dispatch.namespace(library).asarray([1.0])
-    assert dispatch.serving(library) == dispatch.backend_for("test", "x", x).__name__
+    assert dispatch.module_of(library) == dispatch.backend_for("test", "x", x).__name__
 
 
 def test_serving_needs_no_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert dispatch.serving("cupy") == "relu_xp.backends.cupy"
-    assert dispatch.serving("nobody_knows") == "relu_xp.backends.generic"
+    assert dispatch.module_of("cupy") == "relu_xp.backends.cupy"
+    assert dispatch.module_of("nobody_knows") == "relu_xp.backends.generic"

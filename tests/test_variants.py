@@ -344,6 +344,29 @@ LAYERS = [
 ]
 
 
+def test_rrelu_takes_no_integers_either():
+    """The mean of its bounds may be a whole number."""
+    for bounds in ((), (0, 2)):
+        for name in ("rrelu", "rrelu_vjp"):
+            with pytest.raises(TypeError, match=f"^{name}: x has dtype int64, which has no grad"):
+                getattr(relu_xp, name)(np.ones(2, int), *bounds)
+        with pytest.raises(TypeError, match="^forward: x has dtype int64, which has no gradient"):
+            RReLU(*bounds).forward(np.ones(2, int), training=False)
+
+
+def test_repr_has_the_name_of_a_class_of_the_users():
+    class Mine(PReLU):
+        pass
+
+    assert repr(Mine(2, inplace=True)) == "Mine(2, init=0.25, axis=1, inplace=True)"
+
+
+def test_prelus_axis_is_a_whole_number_also_where_none_is_needed():
+    with pytest.raises(TypeError, match="^prelu: axis must be a whole number, got str"):
+        relu_xp.prelu(np.ones((2, 2)), np.ones(1), axis="1")
+    assert relu_xp.prelu(np.array(-2.0), np.array([0.5]), axis=7) == -1
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=repr)
 def test_repr_evaluates_back(layer):
     again = eval(repr(layer), vars(relu_xp))
@@ -574,7 +597,7 @@ def test_a_copy_has_lists_of_its_own():
 
 
 def test_a_weight_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="init must be finite in .*float32.*, got 1e\\+300"):
+    with pytest.raises(ValueError, match="^init must be finite in float32, got 1e\\+300$"):
         PReLU(init=1e300)
     with pytest.raises(TypeError, match="PReLU: the weight has dtype int32, which has no gradient"):
         PReLU(dtype=np.int32)
@@ -612,6 +635,16 @@ class TestTracing:
         dx, dweight = pullback(self.dy)
         np.testing.assert_array_equal(x.grad.numpy(), dx)
         np.testing.assert_allclose(weight.grad.numpy(), dweight, rtol=1e-6)
+
+    def test_torch_follows_what_comes_with_a_pullback_too(self, require):
+        torch = require("torch")
+        grads = []
+        for y_of in (relu_xp.prelu, lambda x, weight: relu_xp.prelu_vjp(x, weight)[0]):
+            x = torch.tensor([[-2.0, 3.0]], requires_grad=True)
+            weight = torch.tensor([0.25], requires_grad=True)
+            y_of(x, weight).sum().backward()
+            grads.append([x.grad.tolist(), weight.grad.tolist()])
+        assert grads == [[[[0.25, 1.0]], [-2.0]]] * 2
 
     @pytest.mark.parametrize("slope", [0.25, 0.0])
     def test_jax(self, require, slope):

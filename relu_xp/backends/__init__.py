@@ -15,7 +15,7 @@ import numpy as np
 
 from relu_xp.activation import Rounded
 
-__all__ = ["Backend", "check_memory", "drawn", "halves"]
+__all__ = ["Backend", "check_memory", "doubled", "drawn", "halves"]
 
 
 class Backend(Protocol):
@@ -126,6 +126,11 @@ class Backend(Protocol):
 
     def saved_nbytes(self, saved: Any) -> int:
         """Return how many bytes the saved state holds."""
+
+
+def doubled(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return a shape of twice the length along an axis (not negative)."""
+    return tuple(n * (1 + (i == axis)) for i, n in enumerate(shape))
 
 
 def halves(y: Any, axis: int) -> tuple[Any, Any]:

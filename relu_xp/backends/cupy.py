@@ -27,7 +27,7 @@ import cupy
 import numpy as np
 
 from relu_xp.activation import Rounded
-from relu_xp.backends import check_memory, drawn, halves
+from relu_xp.backends import check_memory, doubled, drawn, halves
 from relu_xp.mask import Mask, mask_nbytes
 
 __all__ = [
@@ -365,8 +365,7 @@ def both(x: cupy.ndarray, axis: int, out: cupy.ndarray | None) -> cupy.ndarray:
     """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         if out is None:
-            shape = [n * (1 + (i == axis)) for i, n in enumerate(x.shape)]
-            out = cupy.ndarray(shape, x.dtype)
+            out = cupy.ndarray(doubled(x.shape, axis), x.dtype)
         variant("both")(x, *halves(out, axis))
     return out
 

@@ -135,8 +135,8 @@ def backward_squared(dy: Any, x: Any, out: Any) -> Any:
 def both(x: Any, axis: int, out: Any) -> Any:
     """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
     xp = _namespace(x)
-    halves = xp.where(x <= 0, 0.0, x), xp.where(x >= 0, 0.0, -x)
-    return _store(xp.concat(halves, axis=axis), out)
+    pair = xp.where(x <= 0, 0.0, x), xp.where(x >= 0, 0.0, -x)
+    return _store(xp.concat(pair, axis=axis), out)
 
 
 def pieces_of_both(x: Any) -> Any:

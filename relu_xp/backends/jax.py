@@ -99,13 +99,13 @@ def _serve(function: Callable[..., Any], numbers: tuple[Rounded, ...], *arrays: 
 
 
 # `out` is None in all that is compiled: `check_out` lets no other pass.
-_sloped = _jit(generic.sloped)
-_slopes_gradient = _jit(generic.slopes_gradient)
-_squared = _jit(generic.squared)
-_backward_squared = _jit(generic.backward_squared)
-_both = _jit(generic.both, static_argnums=1)
-_pieces_of_both = _jit(generic.pieces_of_both)
-_backward_both = _jit(generic.backward_both, static_argnums=2)
+sloped = _jit(generic.sloped)
+slopes_gradient = _jit(generic.slopes_gradient)
+squared = _jit(generic.squared)
+backward_squared = _jit(generic.backward_squared)
+both = _jit(generic.both, static_argnums=1)
+pieces_of_both = _jit(generic.pieces_of_both)
+backward_both = _jit(generic.backward_both, static_argnums=2)
 
 
 def forward(numbers: Rounded, x: Any, out: Any) -> Any:
@@ -131,41 +131,6 @@ def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out:
 def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
     """Return f'(x). See `relu_xp.backends.Backend`."""
     return _serve(generic.gradient, (numbers,), x, out)
-
-
-def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
-    """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`."""
-    return _sloped(values, x, slopes, out)
-
-
-def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
-    """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
-    return _slopes_gradient(dy, x, slopes, out)
-
-
-def squared(x: Any, out: Any) -> Any:
-    """Return relu(x)**2. See `relu_xp.backends.Backend`."""
-    return _squared(x, out)
-
-
-def backward_squared(dy: Any, x: Any, out: Any) -> Any:
-    """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
-    return _backward_squared(dy, x, out)
-
-
-def both(x: Any, axis: int, out: Any) -> Any:
-    """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
-    return _both(x, axis, out)
-
-
-def pieces_of_both(x: Any) -> Any:
-    """Return which of both is above 0. See `relu_xp.backends.Backend`."""
-    return _pieces_of_both(x)
-
-
-def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
-    """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
-    return _backward_both(dy, pieces, axis, out)
 
 
 def place(x: Any) -> tuple[str, None]:

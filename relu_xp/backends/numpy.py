@@ -15,14 +15,14 @@ else goes through whole: NumPy's own loops know every stride.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from relu_xp.activation import Activation, Rounded
-from relu_xp.backends import check_memory, drawn, halves, threads
+from relu_xp.backends import check_memory, doubled, drawn, halves, threads
 from relu_xp.mask import Mask, buffer, mask_nbytes, pack, pack_part, shaped, unpack, unpack_part
 
 __all__ = [
@@ -255,17 +255,11 @@ def slopes_gradient(dy: _Array, x: _Array, slopes: _Array, out: _Array | None) -
 
     total = np.zeros(slopes.shape)
     parts = _parts(dy, x, total)
-    numbered = [(number, dys, xs) for number, (dys, xs, _) in enumerate(parts)]
-    if x.size < _THREADED:
-        for one in numbered:
-            part(*one)
-    else:
-        threads.run(part, numbered)
+    _call_with(part, ((number, dys, xs) for number, (dys, xs, _) in enumerate(parts)), x.size)
+    gradient = np.empty(slopes.shape, slopes.dtype) if out is None else out
     with np.errstate(all="ignore"):
         for number, (_, _, totals) in enumerate(parts):  # in order, however the threads ran
             totals += sums[number]
-    gradient = np.empty(slopes.shape, slopes.dtype) if out is None else out
-    with np.errstate(all="ignore"):
         gradient[...] = total
     return gradient
 
@@ -301,7 +295,7 @@ def backward_squared(dy: _Array, x: _Array, out: _Array | None) -> _Array:
 def both(x: _Array, axis: int, out: _Array | None) -> _Array:
     """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
     if out is None:
-        out = np.empty([n * (1 + (i == axis)) for i, n in enumerate(x.shape)], x.dtype)
+        out = np.empty(doubled(x.shape, axis), x.dtype)
 
     def part(xs: _Array, positive: _Array, negative: _Array) -> None:
         for bits, ys in ((_bits_of(xs), positive), (_opposite(xs), negative)):
@@ -414,12 +408,7 @@ def _each_block(function: Callable[..., object], fortran: bool, *arrays: _Array)
         function(None, *(array if array.ndim else array.reshape(1) for array in arrays))
         return
     slices = (slice(i, min(i + _BLOCK, size)) for i in range(0, size, _BLOCK))
-    parts = ((part, *[array[part] for array in flat]) for part in slices)
-    if size < _THREADED:
-        for part in parts:
-            function(*part)
-    else:
-        threads.run(function, parts)
+    _call_with(function, ((part, *[array[part] for array in flat]) for part in slices), size)
 
 
 def _each_part(function: Callable[..., object], *arrays: _Array) -> None:
@@ -428,8 +417,14 @@ def _each_part(function: Callable[..., object], *arrays: _Array) -> None:
     For arrays of which some are broadcast, or views of a larger one: they cannot be made flat. The
     first is of full shape; one of length 1 along the axis goes whole into every part.
     """
-    parts = _parts(*arrays)
-    if arrays[0].size < _THREADED:
+    _call_with(function, _parts(*arrays), arrays[0].size)
+
+
+def _call_with(
+    function: Callable[..., object], parts: Iterable[tuple[Any, ...]], size: int
+) -> None:
+    """Call a function with every part, from some size on by several threads."""
+    if size < _THREADED:
         for part in parts:
             function(*part)
     else:

@@ -216,9 +216,7 @@ class _Activated(torch.autograd.Function):  # type: ignore[misc]  # torch is not
 
 def _threshold_obeys(numbers: Rounded) -> bool:
     """Tell whether ``torch.threshold`` is the member, to the bit."""
-    selects = numbers.plain or (
-        numbers.negative_slope == 0 and numbers.positive_slope == 1 and numbers.max_value is None
-    )
+    selects = numbers.zero_below and numbers.self_above and numbers.max_value is None
     return selects and numbers.floating and numbers.width > 16
 
 

@@ -72,7 +72,7 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     names: list[str] | None = config.getoption("--xp")
     if names is None:
         return None
-    return "relu_xp: " + ", ".join(f"{name} by {dispatch.serving(name)}" for name in names)
+    return "relu_xp: " + ", ".join(f"{name} by {dispatch.module_of(name)}" for name in names)
 
 
 def _names(text: str) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 import relu_xp
-from relu_xp.activation import Activation
+from relu_xp.activation import FLOATING, Activation
 from relu_xp.arrays import from_numpy, to_numpy
 from relu_xp.dispatch import backend_for
 from relu_xp.testing.oracle import Format, Member
@@ -21,7 +21,7 @@ __all__ = ["check_gradient"]
 _Host = npt.NDArray[np.float64]
 _Gradients = Callable[[Any], Sequence[Any]]  # dy -> one array for each operand
 
-_EPSILON = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
+_EPSILON = {name: 2.0 ** -Format(name).fraction for name in FLOATING}
 _NARROW = ("float16", "bfloat16")
 _NOISE = 8  # roundings, of half a unit in the last place each, that an element of y may have seen
 
@@ -146,6 +146,10 @@ class _Subject:
         own = getattr(function, "__name__", "")
         if getattr(relu_xp, own, None) is function:
             self._name = own
+            if refused := sorted(options.keys() & {"mask", "out"}):
+                raise TypeError(
+                    f"check_gradient: {own} is called without {refused[0]}=; leave it away"
+                )
             self._know(own)
         elif _is_layer(function) and (arguments or options):
             raise TypeError(
@@ -198,9 +202,9 @@ class _Subject:
             drawn = rng.uniform(0.5, 1.5, shape) * rng.choice([-1.0, 1.0], shape)
             xp = array_api_compat.array_namespace(y)
             dy = xp.astype(from_numpy(drawn.astype(np.float32), y), y.dtype)
-        elif tuple(dy.shape) != shape:
-            raise ValueError(f"check_gradient: dy has shape {tuple(dy.shape)}, y has {shape}")
         given = _Operand("dy", dy)
+        if given.host.shape != shape:
+            raise ValueError(f"check_gradient: dy has shape {given.host.shape}, y has {shape}")
         self._narrow_epsilon = max(self._narrow_epsilon, _EPSILON[given.dtype_name])
         self._dy = given.host.astype(np.float64).ravel()
         found = gradients(given.fresh())

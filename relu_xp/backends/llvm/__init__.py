@@ -18,7 +18,7 @@ import numpy.typing as npt
 from relu_xp.activation import Rounded
 from relu_xp.backends import numpy as _numpy
 from relu_xp.backends.llvm import kernels, runtime
-from relu_xp.backends.llvm.crew import THREADED
+from relu_xp.backends.llvm.crew import THREADED_BYTES
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.backends.numpy import (
     backward_both,
@@ -65,7 +65,7 @@ __all__ = [
 _Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
-_MANY = THREADED // 8  # elements: fewer are never worth a helper
+_MANY = THREADED_BYTES // 8  # elements: fewer are never worth a helper
 _WORTH = 1 << 20  # elements, of which a call counts for `_CALL` at least, before kernels are made
 _CALL = 1 << 10
 

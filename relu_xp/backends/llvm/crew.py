@@ -18,13 +18,13 @@ import numpy.typing as npt
 from relu_xp.backends import threads
 from relu_xp.backends.llvm.runtime import BOARD, THREAD_BYTES
 
-__all__ = ["THREADED", "Crew", "new_board"]
+__all__ = ["THREADED_BYTES", "Crew", "new_board"]
 
 _Board = npt.NDArray[np.int64]
 
 # Bytes of `out`, measured on two cores with AVX-512.
 _RELEASE = 1 << 15  # the kernel takes a microsecond: to give the GIL away pays
-THREADED = 1 << 19  # two threads that are awake are faster
+THREADED_BYTES = 1 << 19  # two threads that are awake are faster
 _STREAM = 1 << 25  # y would not be in the cache anyway when it is read next
 _PATIENCE = 10_000  # some 0.5 ms: a helper sleeps when its next job is further away than that
 
@@ -35,7 +35,7 @@ def new_board(addresses: Mapping[str, int]) -> _Board:
     for name, address in addresses.items():
         board[BOARD[name]] = address
     board[BOARD["release_bytes"]] = _RELEASE
-    board[BOARD["threaded_bytes"]] = THREADED
+    board[BOARD["threaded_bytes"]] = THREADED_BYTES
     board[BOARD["stream_bytes"]] = _STREAM
     board[BOARD["patience"]] = _PATIENCE
     board[BOARD["threads"]] = threads.count()

@@ -188,21 +188,26 @@ def _c_api() -> dict[str, int]:
         ctypes.py_object, ctypes.py_object, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
     )(addresses["new_like"])
     for array in (np.ones((2, 3)), np.ones((2, 3), "f4", order="F"), np.ones((4, 6))[1::2, ::2]):
-        data = ctypes.c_size_t.from_address(id(array) + _HEADER).value
-        flags = ctypes.c_int.from_address(id(array) + _HEADER + 48).value
-        known = data == array.__array_interface__["data"][0]
-        known = known and flags & 0x503 == array.flags.num & 0x503
-        axes = ctypes.c_int.from_address(id(array) + _HEADER + 8).value
-        shape = ctypes.c_size_t.from_address(id(array) + _HEADER + 16).value
+        at = {name: id(array) + _HEADER + offset for name, offset in runtime.FIELDS.items()}
         lengths = ctypes.c_ssize_t * array.ndim
-        known = known and axes == array.ndim and tuple(lengths.from_address(shape)) == array.shape
-        dtype = ctypes.c_size_t.from_address(id(array) + _HEADER + 40).value
-        known = known and dtype == id(array.dtype)
+        shape = ctypes.c_size_t.from_address(at["shape"]).value
+        flags = ctypes.c_int.from_address(at["flags"]).value
+        known = (
+            ctypes.c_size_t.from_address(at["data"]).value == _address(array)
+            and ctypes.c_int.from_address(at["axes"]).value == array.ndim
+            and tuple(lengths.from_address(shape)) == array.shape
+            and ctypes.c_size_t.from_address(at["dtype"]).value == id(array.dtype)
+            and flags & runtime.FLAGS == array.flags.num & runtime.FLAGS
+        )
         fresh, expected = new_like(array, runtime.KEEP_ORDER, None, 0), np.empty_like(array)
         known = known and fresh.dtype == expected.dtype and fresh.strides == expected.strides
         if not known:
             raise RuntimeError("NumPy's arrays lie in memory in an unknown way")
     return addresses
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _numpy_function(number: int) -> int:

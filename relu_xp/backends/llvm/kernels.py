@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from relu_xp.activation import Rounded
+from relu_xp.activation import FLOATING, Rounded
 
 __all__ = [
     "KINDS",
@@ -36,7 +36,6 @@ __all__ = [
     "structures",
 ]
 
-DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
 KINDS = ("forward", "forward_saving", "backward", "backward_from_input")
 NAMES = tuple(f"{kind}_{form}" for kind in KINDS for form in ("plain", "stream"))
 
@@ -97,7 +96,7 @@ def structure_of(numbers: Rounded) -> Structure:
 
 def structures() -> list[Structure]:
     """Return all structures that an activation can have."""
-    choices = itertools.product(DTYPE_NAMES, *[(False, True)] * 4)
+    choices = itertools.product(FLOATING, *[(False, True)] * 4)
     every = itertools.starmap(Structure, choices)
     # A ceiling and a slope make three pieces, even where the slope is then rounded to 0.
     return [s for s in every if s.ceiling or not s.three if s.three or not (s.low and s.ceiling)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 
-__all__ = ["BOARD", "KEEP_ORDER", "MACHINES", "RECORD", "THREAD_BYTES", "source"]
+__all__ = ["BOARD", "FIELDS", "FLAGS", "KEEP_ORDER", "MACHINES", "RECORD", "THREAD_BYTES", "source"]
 
 _LINE = 64  # bytes
 
@@ -60,6 +60,11 @@ _GIVE_WAY = 16
 _CPU_SET = 128  # bytes of a cpu_set_t
 _C_CONTIGUOUS, _F_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400  # NumPy's flags
 KEEP_ORDER = 2  # NPY_KEEPORDER
+FLAGS = _C_CONTIGUOUS | _F_CONTIGUOUS | _ALIGNED | _WRITEABLE  # all that is read
+
+# Where the fields of an array lie behind its header: C struct PyArrayObject_fields, part of NumPy's
+# ABI, of which `base` and `strides` are not read.
+FIELDS = {"data": 0, "axes": 8, "shape": 16, "dtype": 40, "flags": 48}
 
 # How a processor is told that it waits for another.
 _PAUSE = dict.fromkeys(("x86_64", "amd64"), ("llvm.x86.sse2.pause", "", "")) | dict.fromkeys(
@@ -98,9 +103,7 @@ def source(header: int) -> str:
     Parameters
     ----------
     header : int
-        Bytes of a Python object's header, after which come the fields of NumPy's array: data,
-        number of dimensions, shape, strides, base, dtype, flags; 8 bytes each (C struct
-        ``PyArrayObject_fields``, part of NumPy's ABI).
+        Bytes of a Python object's header, after which come an array's `FIELDS`.
     """
 
     def load(name: str, base: str, offset: int, kind: str = "i64") -> str:
@@ -108,11 +111,14 @@ def source(header: int) -> str:
   %{name}_at = getelementptr i8, ptr %{base}, i64 {offset}
   %{name} = load {kind}, ptr %{name}_at"""
 
+    def field(name: str, array: str, of: str, kind: str = "ptr") -> str:
+        return load(name, array, header + FIELDS[of], kind)
+
     def data(name: str, owner: str) -> str:
-        return load(name, owner, header, "ptr")
+        return field(name, owner, "data")
 
     def flags(name: str, owner: str) -> str:
-        return load(name, owner, header + 48, "i32")
+        return field(name, owner, "flags", "i32")
 
     def board(name: str, kind: str = "i64") -> str:
         return load(name, "board", 8 * BOARD[name], kind)
@@ -301,9 +307,9 @@ entry:
 {load("other_array", "args", 16, "ptr")}
 {load("bytes_object", "args", 24, "ptr")}
   %bytes = call i64 %as_ssize_t(ptr %bytes_object)
-{load("out_type", "out_array", header + 40, "ptr")}
-{load("like_type", "like_array", header + 40, "ptr")}
-{load("other_type", "other_array", header + 40, "ptr")}
+{field("out_type", "out_array", "dtype")}
+{field("like_type", "like_array", "dtype")}
+{field("other_type", "other_array", "dtype")}
   %out_type_same = icmp eq ptr %out_type, %like_type
   %other_type_same = icmp eq ptr %other_type, %like_type
 {flags("out_flags", "out_array")}
@@ -314,8 +320,8 @@ entry:
   %all_flags = and i32 %out_flags, %not_written
   %needed = and i32 %all_flags, {_C_CONTIGUOUS | _ALIGNED | _WRITEABLE}
   %flags_right = icmp eq i32 %needed, {_C_CONTIGUOUS | _ALIGNED | _WRITEABLE}
-{load("out_axes", "out_array", header + 8, "i32")}
-{load("like_axes", "like_array", header + 8, "i32")}
+{field("out_axes", "out_array", "axes", "i32")}
+{field("like_axes", "like_array", "axes", "i32")}
   %axes_same = icmp eq i32 %out_axes, %like_axes
 {data("out", "out_array")}
 {data("like", "like_array")}
@@ -338,8 +344,8 @@ entry:
   %kinds_right = and i1 %types_right, %flags_right
   %right_but_axes = and i1 %kinds_right, %memory_right
   %right_but_shape = and i1 %right_but_axes, %axes_same
-{load("out_shape", "out_array", header + 16, "ptr")}
-{load("like_shape", "like_array", header + 16, "ptr")}
+{field("out_shape", "out_array", "shape")}
+{field("like_shape", "like_array", "shape")}
   %axes = zext i32 %out_axes to i64
   br i1 %right_but_shape, label %test, label %no
 test:
