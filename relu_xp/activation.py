@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import operator
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -132,7 +133,7 @@ def activation_of(
         return _unshared(negative_slope, threshold, positive_slope, max_value)
     try:
         return _activation(threshold, negative_slope, positive_slope, max_value)
-    except TypeError:
+    except Exception:
         pass  # one of them cannot be hashed, say: `Activation` tells better what is wrong
     return Activation(threshold, negative_slope, positive_slope, max_value)
 
@@ -164,17 +165,22 @@ _activation = functools.lru_cache(maxsize=1024, typed=True)(Activation)
 
 def real(name: str, value: Any) -> float:
     """Return a finite real number as a float, or as an int where a float would not be exact."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
     exact: int | None = None
-    if isinstance(value, numbers.Rational) and value.denominator == 1:
-        exact = int(value.numerator)
+    cause: Exception | None = None
+    number: float | None = None
     try:
-        number = float(value if exact is None else exact)
+        if not isinstance(value, bool) and isinstance(value, numbers.Real):
+            if isinstance(value, numbers.Rational) and value.denominator == 1:
+                exact = operator.index(value.numerator)
+            number = float(value if exact is None else exact)
     except OverflowError:
         raise ValueError(f"{name} must be finite, got one beyond the range of float64") from None
+    except Exception as error:  # whatever a class of somebody's raises when it is asked
+        cause = error
+    if number is None:
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from cause
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise ValueError(f"{name} must be finite, got {number}")
     if exact is not None and number != exact:
         return exact
     return number + 0.0  # -0.0 and 0.0 are the same number: keep one

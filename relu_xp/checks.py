@@ -26,7 +26,7 @@ def serving(
     served: tuple[Backend, Rounded]
     try:
         served = activation.served[type(array), array.dtype]
-    except (AttributeError, KeyError, TypeError):  # not seen before, or no array at all
+    except Exception:  # not seen before, or no array at all
         backend = backend_for(function, argument, array)
         served = backend, _rounded(function, argument, array, backend, activation, floating)
         if not compiling():
@@ -52,9 +52,14 @@ def _rounded(
                 b, c = activation.positive_slope, activation.max_value
                 return rounded(a, t, b, c, name)
             return activation.round_to(name)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: {argument}: {error}") from None
+    except Exception as error:
+        raise _renamed(error, f"{function}: {argument}: {error}") from None
     raise _no_gradient(function, argument, array, backend)
+
+
+def _renamed(error: Exception, message: str) -> Exception:
+    """Return an error that says more: not of its own class, which may take other arguments."""
+    return (ValueError if isinstance(error, ValueError) else TypeError)(message)
 
 
 def _no_gradient(function: str, argument: str, array: Any, backend: Backend) -> TypeError:
@@ -140,7 +145,7 @@ def check_out(
         backend.check_out(out, inputs)
     except (TypeError, ValueError) as error:
         subject = f"{argument}, which is to be overwritten," if out is like else "out"
-        raise type(error)(f"{function}: {subject} {error}") from None
+        raise _renamed(error, f"{function}: {subject} {error}") from None
 
 
 def check_mask(
@@ -167,15 +172,18 @@ def check_mask(
     try:
         backend.check_out(mask, (x,) if out is None else (x, out))
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{function}: mask {error}") from None
+        raise _renamed(error, f"{function}: mask {error}") from None
 
 
 def whole(name: str, value: Any) -> int:
     """Return a whole number, refusing everything else."""
+    number, cause = None, None
     try:
         number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}")
+    except Exception as error:  # whatever a class of somebody's raises when it is asked
+        cause = error
+    if number is None or type(value) is bool:
+        raise TypeError(f"{name} must be a whole number, got {type(value).__name__}") from cause
+    if number.bit_length() > 63:
+        raise ValueError(f"{name} must be a whole number of 64 bits at most, got a larger one")
     return number

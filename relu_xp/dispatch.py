@@ -198,23 +198,26 @@ def _library_of(function: str, argument: str, x: Any) -> str:
     kind = type(x)
     if kind in (np.ndarray, np.memmap):
         return "numpy"
-    if isinstance(x, np.ndarray):
+    if issubclass(kind, np.ndarray):
         raise TypeError(
             f"{function}: {argument} is a {kind.__module__}.{kind.__qualname__}, whose own rules "
             f"(a mask, a shape) would be lost; convert it first, for example "
             f"numpy.asarray({argument})"
         )
-    if isinstance(x, np.generic):
+    if issubclass(kind, np.generic):
         _refuse(function, argument, x)
     try:
         library = array_api_compat.array_namespace(x, use_compat=False)
-        return str(library.__name__).partition(".")[0]
+        name = str(library.__name__).partition(".")[0]
+        if name == "numpy":  # compiled code reads the very memory of NumPy's arrays
+            raise TypeError(f"{kind.__name__} is not a class of NumPy")
+        return name
     except Exception as error:  # whatever an object that is no array does when it is asked
         _refuse(function, argument, x, None if isinstance(error, TypeError) else error)
 
 
 def _refuse(function: str, argument: str, x: Any, cause: Exception | None = None) -> NoReturn:
-    kind = "the NumPy scalar " * isinstance(x, np.generic) + type(x).__name__
+    kind = "the NumPy scalar " * issubclass(type(x), np.generic) + type(x).__name__
     raise TypeError(
         f"{function}: {argument} must be an array, got {kind}; "
         f"convert it first, for example numpy.asarray({argument})"

@@ -351,6 +351,8 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
             f"byte-swapped dtype {dtype.str} is not supported; convert it first, "
             f"for example x.astype({dtype.name!r})"
         )
+    if dtype.kind == "V" and not dtype.isbuiltin:  # whose name is that of a class of somebody's
+        return "void"
     return dtype.name
 
 

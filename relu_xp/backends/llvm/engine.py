@@ -183,6 +183,7 @@ def _c_api() -> dict[str, int]:
     for name, function in system.items():
         addresses[name] = ctypes.cast(getattr(library, function), ctypes.c_void_p).value or 0
     addresses |= {"none": id(None), "true": id(True), "false": id(False)}
+    addresses |= {"array": id(np.ndarray), "memmap": id(np.memmap)}
     addresses["new_like"] = _numpy_function(_NEW_LIKE_ARRAY)
     new_like = ctypes.PYFUNCTYPE(
         ctypes.py_object, ctypes.py_object, ctypes.c_int, ctypes.c_void_p, ctypes.c_int
@@ -193,7 +194,8 @@ def _c_api() -> dict[str, int]:
         shape = ctypes.c_size_t.from_address(at["shape"]).value
         flags = ctypes.c_int.from_address(at["flags"]).value
         known = (
-            ctypes.c_size_t.from_address(at["data"]).value == _address(array)
+            ctypes.c_size_t.from_address(at["class"]).value == id(np.ndarray)
+            and ctypes.c_size_t.from_address(at["data"]).value == _address(array)
             and ctypes.c_int.from_address(at["axes"]).value == array.ndim
             and tuple(lengths.from_address(shape)) == array.shape
             and ctypes.c_size_t.from_address(at["dtype"]).value == id(array.dtype)

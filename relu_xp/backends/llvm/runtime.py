@@ -25,6 +25,8 @@ BOARD = {
     "none": 8,  # and of objects: None, True, False
     "true": 25,
     "false": 26,
+    "array": 27,  # and classes: numpy.ndarray, numpy.memmap
+    "memmap": 28,
     "release_bytes": 9,  # of `out`, from which on the GIL is released ...
     "threaded_bytes": 10,  # ... several threads are used ...
     "stream_bytes": 11,  # ... and stores go past the caches
@@ -62,9 +64,9 @@ _C_CONTIGUOUS, _F_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x2, 0x100, 0x400  # N
 KEEP_ORDER = 2  # NPY_KEEPORDER
 FLAGS = _C_CONTIGUOUS | _F_CONTIGUOUS | _ALIGNED | _WRITEABLE  # all that is read
 
-# Where the fields of an array lie behind its header: C struct PyArrayObject_fields, part of NumPy's
-# ABI, of which `base` and `strides` are not read.
-FIELDS = {"data": 0, "axes": 8, "shape": 16, "dtype": 40, "flags": 48}
+# Where the fields of an array lie behind its header, whose last word is its class: C struct
+# PyArrayObject_fields, part of NumPy's ABI, of which `strides` and `base` are not read.
+FIELDS = {"class": -8, "data": 0, "axes": 8, "shape": 16, "dtype": 40, "flags": 48}
 
 # How a processor is told that it waits for another.
 _PAUSE = dict.fromkeys(("x86_64", "amd64"), ("llvm.x86.sse2.pause", "", "")) | dict.fromkeys(
@@ -82,8 +84,8 @@ def source(header: int) -> str:
 
     ``call(record, size, out, in[, other])`` runs a kernel over whole arrays and returns `out`, or
     if that is None a fresh array like `in` (which costs a third of `numpy.empty_like` here). It
-    returns None and has done nothing where there is no kernel, or an array's elements are not in
-    one piece and order.
+    returns None and has done nothing where there is no kernel, an array's elements are not in one
+    piece and order, or something else than an array is given, as whatever it claims to be.
 
     ``fits(out, like, other, bytes)`` tells of three arrays, the first two of one class, whether
     `out` surely may take a result: it has the shape of `like`, all have one dtype and are in one
@@ -123,6 +125,20 @@ def source(header: int) -> str:
     def board(name: str, kind: str = "i64") -> str:
         return load(name, "board", 8 * BOARD[name], kind)
 
+    def is_array(name: str, *objects: str) -> str:
+        """Tell whether all objects are of the classes whose memory is known."""
+        lines, together = [board("array", "ptr"), board("memmap", "ptr")], "true"
+        for number, found in enumerate(objects):
+            kind = f"class_{number}"
+            lines.append(f"""\
+{field(kind, found, "class")}
+  %{kind}_array = icmp eq ptr %{kind}, %array
+  %{kind}_memmap = icmp eq ptr %{kind}, %memmap
+  %{kind}_known = or i1 %{kind}_array, %{kind}_memmap
+  %{kind}_all = and i1 {together}, %{kind}_known""")
+            together = f"%{kind}_all"
+        return "\n".join([*lines, f"  %{name} = and i1 true, {together}"])
+
     def word(name: str) -> str:
         return f"%{name}_at = getelementptr i8, ptr %board, i64 {8 * BOARD[name]}"
 
@@ -155,6 +171,9 @@ entry:
 {board("incref", "ptr")}
   %fresh = icmp eq ptr %out_given, %none
   %like_out = select i1 %fresh, ptr %in_array, ptr %out_given
+{is_array("arrays", "like_out", "in_array", "other_array")}
+  br i1 %arrays, label %look, label %refuse
+look:
 {flags("out_flags", "like_out")}
 {flags("in_flags", "in_array")}
 {flags("other_flags", "other_array")}
@@ -306,6 +325,9 @@ entry:
 {load("like_array", "args", 8, "ptr")}
 {load("other_array", "args", 16, "ptr")}
 {load("bytes_object", "args", 24, "ptr")}
+{is_array("arrays", "out_array", "like_array", "other_array")}
+  br i1 %arrays, label %look, label %no
+look:
   %bytes = call i64 %as_ssize_t(ptr %bytes_object)
 {field("out_type", "out_array", "dtype")}
 {field("like_type", "like_array", "dtype")}
@@ -349,7 +371,7 @@ entry:
   %axes = zext i32 %out_axes to i64
   br i1 %right_but_shape, label %test, label %no
 test:
-  %axis = phi i64 [0, %entry], [%next, %compare]
+  %axis = phi i64 [0, %look], [%next, %compare]
   %some = icmp ult i64 %axis, %axes
   br i1 %some, label %compare, label %yes
 compare:
