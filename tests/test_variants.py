@@ -91,6 +91,38 @@ def test_prelus_weight_gradient_is_the_same_every_time(xp, channels):
     np.testing.assert_allclose(found, exact, rtol=1e-3 if xp.name == "jax" else 1e-6)
 
 
+def test_prelus_weight_gradient_is_the_same_in_every_layout_of_numpys():
+    """Not so the sum of NumPy's own, whose order is that of the memory and of its version."""
+    rng = np.random.default_rng(6)
+    host, gradient = rng.standard_normal((2, 70, 50, 60))
+    layouts = (
+        np.ascontiguousarray,
+        np.asfortranarray,
+        lambda a: a.transpose(1, 0, 2).copy().transpose(1, 0, 2),
+    )
+    ours, own = set(), set()
+    for layout in layouts:
+        x, dy = layout(host), layout(gradient)
+        found = [
+            relu_xp.prelu_vjp(x, np.full(n, 0.5), axis=i)[1](dy)[1] for i, n in enumerate(x.shape)
+        ]
+        ours.add(tuple(one.tobytes() for one in found))
+        own.add(np.sum(np.where(x <= 0, x * dy, 0), (0, 2)).tobytes())
+    assert len(ours) == 1
+    assert len(own) > 1
+
+
+def test_of_two_nan_numpys_product_takes_the_same_one():
+    """The processor's rule is the first one's; which that is, NumPy's versions do not agree on."""
+    first, other = np.array([0x7FC00001, 0xFFC00002], np.uint32).view(np.float32)[:, None]
+    x, dy = np.resize(first, (1, 100)), np.resize(other, (1, 100))
+    got = relu_xp.squared_relu_vjp(x)[1](dy).view(np.uint32)
+    assert (got == 0x7FC00001).all()
+    dx, dweight = relu_xp.prelu_vjp(-np.ones_like(x), first)[1](dy)
+    assert (dx.view(np.uint32) == 0x7FC00001).all()
+    assert dweight.view(np.uint32).tolist() == [0x7FC00000]
+
+
 def test_prelu_of_any_shape(xp):
     for shape in ((), (1,), (0,), (3, 0, 2), (2, 3)):
         x = xp.array(np.full(shape, -2.0, np.float32))

@@ -229,7 +229,8 @@ def sloped(values: _Array | None, x: _Array | None, slopes: _Array, out: _Array 
 
     def part(inputs: _Array, ys: _Array, factors: _Array, xs: _Array | None = None) -> None:
         bits = inputs.view(k.unsigned)
-        low = _times(k, bits, factors)
+        with np.errstate(all="ignore"):
+            low = _product(factors, inputs).view(k.unsigned)
         if not factors.all():
             low = low * (factors != 0)
         keep = factors == 1 if xs is None else _above(xs)
@@ -251,15 +252,16 @@ def slopes_gradient(dy: _Array, x: _Array, slopes: _Array, out: _Array | None) -
                 _select(below, _bits_of(v), None).view(v.dtype).astype(np.float64)
                 for v in (dys, xs)
             )
-            sums[number] = np.multiply(left, right, left).sum(axes, keepdims=True)
+            sums[number] = _sum(np.multiply(left, right, left), axes)
 
     total = np.zeros(slopes.shape)
-    parts = _parts(dy, x, total)
+    parts = _parts(dy, x, total) if x.size else []
     _call_with(part, ((number, dys, xs) for number, (dys, xs, _) in enumerate(parts)), x.size)
     gradient = np.empty(slopes.shape, slopes.dtype) if out is None else out
     with np.errstate(all="ignore"):
         for number, (_, _, totals) in enumerate(parts):  # in order, however the threads ran
             totals += sums[number]
+        total[np.isnan(total)] = np.nan  # whichever of its NaN came through
         gradient[...] = total
     return gradient
 
@@ -285,7 +287,8 @@ def backward_squared(dy: _Array, x: _Array, out: _Array | None) -> _Array:
     def part(dys: _Array, xs: _Array, dxs: _Array) -> None:
         with np.errstate(all="ignore"):
             high = xs.astype(wide)
-            product = ((high + high) * dys.astype(wide, copy=False)).astype(dy.dtype)
+            high += high
+            product = _product(high, dys.astype(wide, copy=False)).astype(dy.dtype)
         _select(_above(xs), _bits_of(product), None, _bits_of(dxs))
 
     _each_part(part, dy, x, dx)
@@ -507,6 +510,30 @@ def _times(k: _Constants, bits: _Array, slope: _Array) -> _Array:
     with np.errstate(all="ignore"):
         product: _Array = np.multiply(bits.view(k.dtype), slope)
     return product.view(k.unsigned)
+
+
+def _product(x: _Array, y: _Array) -> _Array:
+    """Return x*y, or x where that is NaN: of two NaN, NumPy's versions take one or the other."""
+    product: _Array = np.multiply(x, y)
+    nan = np.isnan(x)
+    if nan.any():
+        np.copyto(product, x, where=nan)
+    return product
+
+
+def _sum(x: _Array, axes: Sequence[int]) -> _Array:
+    """Return the sum along axes, which are then of length 1, and overwrite x.
+
+    In halves, so that the order is the same for every layout; that of `numpy.sum` depends on it,
+    and on NumPy's version.
+    """
+    for axis in axes:
+        rest = (slice(None),) * axis
+        while (length := x.shape[axis]) > 1:
+            half = length // 2
+            x[(*rest, slice(half))] += x[(*rest, slice(length - half, None))]
+            x = x[(*rest, slice(length - half))]
+    return x
 
 
 def _select(keep: _Array, high: _Array, low: _Array | None, out: _Array | None = None) -> _Array:

@@ -1,0 +1,299 @@
+"""The bits of every function on NumPy arrays, as SHA-256: what has to be the same everywhere.
+
+``python bits.py`` prints a digest a line, of an installed relu_xp with nothing but NumPy (and
+bfloat16, where ml_dtypes is there). ``python bits.py FILE...`` compares what several runs printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import relu_xp
+from relu_xp import dispatch
+from relu_xp.backends import threads
+from relu_xp.testing.oracle import DTYPES, MEMBERS, Format, specials
+
+LARGE = ("relu", "leaky", "everything")  # masks of none, one and two products
+INTEGERS = tuple(np.dtype(code) for code in "bhiqBHIQ")
+STREAMED = (1 << 25) + 4 * 1021 * 8  # bytes: kernels store past the caches, and end within a line
+
+
+def scrambled(count, seed):
+    """Return numbers of 64 bits that no library's generator has a say in (splitmix64)."""
+    z = np.arange(1 + seed * count, 1 + (seed + 1) * count, dtype=np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def ordinary(dtype, count, seed):
+    """Return numbers of either sign from 1/8 to 32, whose products and sums are finite."""
+    form = Format(dtype)
+    words = scrambled(count, seed).astype(form.unsigned)
+    step = 1 << form.fraction
+    low = form.unsigned.type((form.infinity >> 1) // step * step - 3 * step)
+    return (
+        words % form.unsigned.type(8 * step) + low | words & form.unsigned.type(form.sign)
+    ).view(form.dtype)
+
+
+def drawn(dtype, count, seed):
+    """Return numbers of all kinds: of each four, two of any bits, one ordinary, one special."""
+    form = Format(dtype)
+    words = scrambled(count, seed).astype(form.unsigned)
+    words[1::4] = ordinary(dtype, count, seed)[1::4].view(form.unsigned)
+    words[3::4] = specials(dtype)[words[3::4] % len(specials(dtype))]
+    return words.view(form.dtype)
+
+
+def every(dtype):
+    """Return every number of 16 bits; of more, a hundred thousand."""
+    form = Format(dtype)
+    if form.width == 16:
+        return np.arange(1 << 16, dtype=np.uint16).view(form.dtype)
+    return np.concatenate([specials(dtype).view(form.dtype), drawn(dtype, 100_003, 0)])
+
+
+def cube(dtype, shape, seed):
+    """Return numbers in three axes: `every`, or those of a shape."""
+    if shape is not None:
+        return drawn(dtype, np.prod(shape), seed).reshape(shape)
+    x = every(dtype)
+    return np.resize(x, -(-x.size // 60) * 60).reshape(-1, 6, 10)
+
+
+def vjp(x, dy, numbers):
+    mask = np.zeros(x.size + 64, np.uint8)  # room for a kernel's last line
+    y, pullback = relu_xp.relu_vjp(x, mask=mask, **numbers)
+    three = "max_value" in numbers and "negative_slope" in numbers
+    yield y
+    yield mask[: x.size if three else -(-x.size // 8)]
+    yield pullback(dy)
+
+
+def forwards(dtype):
+    for numbers in MEMBERS.values():
+        yield relu_xp.relu(every(dtype), **numbers)
+
+
+def gradients(dtype):
+    for numbers in MEMBERS.values():
+        yield relu_xp.relu_grad(every(dtype), **numbers)
+
+
+def vjps(dtype, dy_dtype):
+    x = every(dtype)
+    for numbers in MEMBERS.values():
+        yield from vjp(x, drawn(dy_dtype, x.size, 1), numbers)
+
+
+def backwards(dtype, dy_dtype):
+    x = every(dtype)
+    for numbers in MEMBERS.values():
+        yield relu_xp.relu_backward(drawn(dy_dtype, x.size, 2), x, **numbers)
+
+
+def prelus(dtype, dy_dtype, shape=None):
+    x = cube(dtype, shape, 3)
+    dy = drawn(dy_dtype, x.size, 4).reshape(x.shape)
+    weight = np.linspace(-1.0, 1.0, x.shape[1]).astype(DTYPES[dtype])
+    odd = weight.copy()
+    odd[:5] = np.nan, np.inf, 0.0, -0.0, 1.0
+    for axis, slopes in ((1, weight), (1, odd), (0, weight[:1]), (0, weight[0, ...])):
+        y, pullback = relu_xp.prelu_vjp(x, slopes, axis=axis)
+        yield y
+        yield from pullback(dy)
+
+
+def sums(dtype, dy_dtype):
+    """The gradient of slopes where it is rounded, and neither NaN nor infinite."""
+    for shape in ((5, 3, 113, 59), (513, 130), (100_003,)):
+        count = np.prod(shape)
+        x = ordinary(dtype, count, 16).reshape(shape)
+        dy = ordinary(dy_dtype, count, 17).reshape(shape)
+        for axis in range(x.ndim):
+            weight = np.full(x.shape[axis], 0.25, DTYPES["float64"])
+            for view in (x, np.asfortranarray(x), x[::-1]):
+                gradient = relu_xp.prelu_vjp(view, weight, axis=axis)[1](dy)[1]
+                assert np.isfinite(gradient).all()
+                yield gradient
+    x, dy = np.resize(x, (1030, 17, 61)), np.resize(dy, (1030, 17, 61))  # by several threads
+    yield relu_xp.prelu_vjp(x, weight[:17])[1](dy)[1]
+
+
+def rrelus(dtype, dy_dtype, shape=None):
+    x = cube(dtype, shape, 5)
+    y, pullback = relu_xp.rrelu_vjp(x, -0.5, 0.75, rng=np.random.Generator(np.random.PCG64(7)))
+    yield y
+    yield pullback(drawn(dy_dtype, x.size, 6).reshape(x.shape))
+    yield relu_xp.rrelu(x, -0.5, 0.75)
+
+
+def crelus(dtype, dy_dtype, shape=None):
+    x = cube(dtype, shape, 7)
+    for axis in range(x.ndim):
+        y, pullback = relu_xp.crelu_vjp(x, axis=axis)
+        yield y
+        yield pullback(drawn(dy_dtype, y.size, 8).reshape(y.shape))
+
+
+def squares(dtype, dy_dtype, shape=None):
+    x = cube(dtype, shape, 9)
+    y, pullback = relu_xp.squared_relu_vjp(x)
+    yield y
+    yield pullback(drawn(dy_dtype, x.size, 10).reshape(x.shape))
+
+
+VARIANTS = {"prelu": prelus, "rrelu": rrelus, "crelu": crelus, "squared_relu": squares}
+
+
+def layouts(dtype):
+    def views(seed):
+        block = drawn(dtype, 12 * 14 * 18, seed).reshape(12, 14, 18)
+        yield from (block, np.asfortranarray(block), block.transpose(1, 2, 0), block[::-1, :, ::-1])
+        yield from (block[1::2, ::3, 5:], block[3, 4, 5:6].reshape(()), block[:0], block[:, 0, :])
+        yield np.broadcast_to(block[:1, :, :1], block.shape)
+        raw = np.zeros(block.nbytes + 1, np.uint8)
+        raw[1:] = block.reshape(-1).view(np.uint8)
+        yield raw[1:].view(block.dtype)
+
+    for numbers in MEMBERS.values():
+        for x, dy in zip(views(11), views(12), strict=True):
+            yield from vjp(x, dy, numbers)
+            yield relu_xp.relu_backward(dy.copy("C"), x, **numbers)
+            yield relu_xp.relu_grad(x, **numbers)
+            yield relu_xp.relu(x, **numbers)
+
+
+def large(dtype, nbytes=STREAMED):
+    """What several threads share, into new memory and in place."""
+    count = nbytes // DTYPES[dtype].itemsize
+    x, dy = (np.resize(drawn(dtype, 1 << 18, seed)[5:], count) for seed in (13, 14))
+    for name in LARGE:
+        numbers = MEMBERS[name]
+        yield from vjp(x, dy, numbers)
+        yield relu_xp.relu(x, **numbers)
+        yield relu_xp.relu_backward(dy, x, **numbers)
+        mine = x.copy()
+        yield relu_xp.relu(mine, out=mine, **numbers)
+
+
+def large_variants(dtype, shape=(1030, 17, 61)):
+    for function in VARIANTS.values():
+        yield from function(dtype, dtype, shape)
+
+
+def integers():
+    for dtype in INTEGERS:
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+        values = {*range(low, high, high // 97), *range(max(low, -9), 9), high}
+        x = np.array(sorted(values), dtype)
+        yield relu_xp.relu(x)
+        yield relu_xp.relu6(x)
+        yield relu_xp.relu(x, threshold=3, negative_slope=2, positive_slope=5, max_value=100)
+        yield relu_xp.relu(np.resize(x, (1 << 20) + 3), max_value=7)
+
+
+def groups() -> dict[str, tuple]:
+    """Return what there is to compute by the name of its line: a function and its arguments."""
+    found: dict[str, tuple] = {"integers": (integers,)}
+    for dtype in DTYPES:
+        found[f"{dtype} forward"] = (forwards, dtype)
+        found[f"{dtype} gradient"] = (gradients, dtype)
+        found[f"{dtype} layouts"] = (layouts, dtype)
+        found[f"{dtype} large"] = (large, dtype)
+        found[f"{dtype} large, variants"] = (large_variants, dtype)
+    for dtype, dy_dtype in itertools.product(DTYPES, DTYPES):
+        name = dtype if dtype == dy_dtype else f"{dtype} by {dy_dtype}"
+        found[f"{name} vjp"] = (vjps, dtype, dy_dtype)
+        found[f"{name} backward"] = (backwards, dtype, dy_dtype)
+        for variant, function in VARIANTS.items():
+            found[f"{name} {variant}"] = (function, dtype, dy_dtype)
+        found[f"{name} sums"] = (sums, dtype, dy_dtype)
+    return found
+
+
+def digest(arrays: Iterator[np.ndarray]) -> str:
+    """Return the SHA-256 of arrays: their dtypes, shapes and elements, NaN as they are."""
+    found = hashlib.sha256()
+    for array in arrays:
+        assert type(array) is np.ndarray
+        found.update(f"{array.dtype.name} {array.shape}".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
+
+
+def compare(files: list[Path]) -> list[str]:
+    """Return what is wrong: lines that differ or are missing (bfloat16's may be)."""
+    if len(files) < 2:
+        return ["one run has nothing to be compared with"]
+    flaws = []
+    runs = [dict(line.rsplit(" ", 1) for line in file.read_text().splitlines()) for file in files]
+    for name in sorted(set().union(*runs, groups())):
+        having: dict[str | None, list[str]] = {}
+        for file, run in zip(files, runs, strict=True):
+            having.setdefault(run.get(name), []).append(file.name)
+        lacking = having.pop(None, [])
+        if lacking and "bfloat16" not in name:
+            flaws.append(f"{name}: missing in {', '.join(lacking)}")
+        if len(having) > 1:
+            flaws.append(f"{name}: {' | '.join(map(', '.join, having.values()))}")
+    return flaws
+
+
+class Kernels:
+    """The compiled kernels, all of them made, and how many calls they have served."""
+
+    def __init__(self) -> None:
+        from relu_xp.backends.llvm import kernels
+        from relu_xp.backends.llvm.loader import loader
+
+        relu_xp.warmup()
+        assert loader.failure is None, loader.failure
+        assert set(loader.addresses) == set(kernels.structures()), "not every kernel is there"
+        self.name = loader.engine().name
+        self.served = 0
+        call = loader.call
+
+        def counted(*arguments):
+            result = call(*arguments)
+            self.served += result is not None
+            return result
+
+        loader.call = counted
+
+
+# Calls that a kernel has to serve, if there are kernels, of each member.
+SERVED = {forwards: 1, vjps: 2, backwards: 1}
+
+
+def main() -> None:
+    asked = os.environ.get(threads.VARIABLE)
+    assert asked is None or threads.count() == int(asked), f"{threads.count()} CPUs, not {asked}"
+    compiled = Kernels() if dispatch.module_of("numpy") == dispatch.COMPILED else None
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}"
+    by = compiled.name if compiled else "NumPy"
+    print(f"{versions}, by {by}, threads: {threads.count()}", file=sys.stderr)
+    for name, (function, *arguments) in groups().items():
+        before = compiled.served if compiled else 0
+        print(name, digest(function(*arguments)), flush=True)
+        if compiled and function in SERVED and len(set(arguments)) == 1:
+            served = compiled.served - before
+            assert served == SERVED[function] * len(MEMBERS), f"{name}: kernels served {served}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit("\n".join(compare([Path(file) for file in sys.argv[1:]])) or None)
+    main()
