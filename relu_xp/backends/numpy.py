@@ -15,6 +15,7 @@ else goes through whole: NumPy's own loops know every stride.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ _Array = npt.NDArray[Any]
 
 _BLOCK = 1 << 16  # elements, a multiple of 8; a block and its temporaries fit a core's L2 cache
 _THREADED = 1 << 20  # elements: to have a thread do half of it takes less than to do it
+_ROW = 1 << 10  # elements that are summed side by side
 _PLACE = ("numpy", None)
 _SUBNORMAL = 5e-324  # false while this thread's processor treats subnormals as zero
 _ZERO: dict[np.dtype[Any], _Array] = {}  # of the dtypes whose own comparisons are exact here
@@ -249,7 +251,7 @@ def slopes_gradient(dy: _Array, x: _Array, slopes: _Array, out: _Array | None) -
         below = np.logical_not(_above(xs))
         with np.errstate(all="ignore"):
             left, right = (
-                _select(below, _bits_of(v), None).view(v.dtype).astype(np.float64)
+                _select(below, _bits_of(v), None).view(v.dtype).astype(np.float64, "C")
                 for v in (dys, xs)
             )
             sums[number] = _sum(np.multiply(left, right, left), axes)
@@ -522,17 +524,28 @@ def _product(x: _Array, y: _Array) -> _Array:
 
 
 def _sum(x: _Array, axes: Sequence[int]) -> _Array:
-    """Return the sum along axes, which are then of length 1, and overwrite x.
+    """Return the sum of a C-contiguous array along axes, which are then of length 1.
 
-    In halves, so that the order is the same for every layout; that of `numpy.sum` depends on it,
-    and on NumPy's version.
+    `numpy.sum` adds neighbours in an order that depends on its version. What it adds row by row,
+    it adds in turn; neighbours are added in rows of `_ROW`, and those by halves.
     """
     for axis in axes:
-        rest = (slice(None),) * axis
-        while (length := x.shape[axis]) > 1:
+        *outer, length = x.shape[: axis + 1]
+        if x.size > math.prod(outer) * length:
+            x = np.add.reduce(x, axis, keepdims=True)
+            continue
+        rest = x.reshape(-1, length)
+        if length > 2 * _ROW:
+            whole = length // _ROW * _ROW
+            rows, rest = rest[:, :whole].reshape(-1, whole // _ROW, _ROW), rest[:, whole:]
+            total = np.add.reduce(rows, 1)
+            total[:, : rest.shape[1]] += rest
+            rest = total
+        while (length := rest.shape[1]) > 1:
             half = length // 2
-            x[(*rest, slice(half))] += x[(*rest, slice(length - half, None))]
-            x = x[(*rest, slice(length - half))]
+            rest[:, :half] += rest[:, length - half :]
+            rest = rest[:, : length - half]
+        x = rest.reshape(*outer, *[1] * (x.ndim - axis))
     return x
 
 
