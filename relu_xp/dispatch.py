@@ -82,7 +82,8 @@ def backend_for(function: str, argument: str, x: Any) -> Backend:
     Raises
     ------
     TypeError
-        If `x` is not an array, or a subclass of ``numpy.ndarray`` with rules of its own.
+        If `x` is not an array, or a subclass of ``numpy.ndarray`` with rules of its own, or only
+        says that it is NumPy's.
     """
     kind = type(x)
     _meet(kind)

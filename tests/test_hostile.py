@@ -9,12 +9,16 @@ import mmap
 import numbers
 import pickle
 import re
+import signal
+import sys
 import tempfile
 import warnings
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from unittest import mock
 
+import array_api_compat
 import numpy as np
 import pytest
 from conftest import unavailable
@@ -619,7 +623,8 @@ FAULTS = {
 }
 
 
-CAUGHT = (AssertionError, TypeError, pytest.fail.Exception)  # pickle, too, minds what travels
+# A gradient that is not there any more, or what pickle cannot take, shows by itself.
+CAUGHT = (AssertionError, RuntimeError, TypeError, pytest.fail.Exception)
 
 
 @pytest.mark.parametrize("home", ["numpy"], indirect=True)
@@ -793,6 +798,12 @@ def odd_dtype(host):
     return host.copy().view(np.dtype((np.float32, fields)))
 
 
+def windows(host):
+    """Rows that overlap, all within the host's memory."""
+    strides = (host.itemsize, 2 * host.itemsize)
+    return np.lib.stride_tricks.as_strided(host, host.shape, strides)
+
+
 LAWFUL = {
     "field": field,
     "record-field": record_field,
@@ -810,7 +821,7 @@ LOCKED = {  # which cannot be an out
     "read-only": locked,
     "bytes": lambda host: np.frombuffer(host.tobytes(), np.float32).reshape(host.shape),
     "broadcast": lambda host: np.broadcast_to(host.ravel()[:1], host.shape),
-    "windows": lambda host: np.lib.stride_tricks.as_strided(host, host.shape, (4, 8)),
+    "windows": windows,
 }
 ARRAYS = [role for role in PAIRS if role[1] not in ("mask", "weight")]
 
@@ -1043,6 +1054,31 @@ def refusal(about, function, *arguments, **options):
     return pytest.fail(f"{about}: nothing is refused")
 
 
+class EqualToAll(type):
+    """Classes that pass for any other, in a dictionary too."""
+
+    __hash__ = lambda self: hash(np.ndarray)  # noqa: E731
+    __eq__ = lambda self, other: True  # noqa: E731
+
+
+class Unhashable(type):
+    __hash__ = None
+
+
+class Unasked(type):
+    __hash__ = raises(UnforeseenError)
+
+
+# Classes of a class that lies: they are no arrays, but how a call fails is not promised.
+IMPOSTORS = {
+    "equal to all": lambda host: EqualToAll("Liar", (Coat,), {})(host),
+    "equal to all, bytes": lambda host: EqualToAll("Liar", (Bytes,), {})(FLAGS),
+    "equal to all, of ndarray": lambda host: host.view(EqualToAll("Liar", (np.ndarray,), {})),
+    "unhashable": lambda host: Unhashable("Liar", (Coat,), {})(host),
+    "hash raises": lambda host: Unasked("Liar", (Coat,), {})(host),
+}
+
+
 def snapshot(given):
     return {
         role: np.asarray(array).tobytes() if type(array) is np.ndarray else None
@@ -1063,6 +1099,42 @@ def test_what_is_no_plain_array_is_refused(kind):
         assert (snapshot(given), held.tobytes()) == before, (name, role)
         function(**good)
     np.testing.assert_array_equal(relu_xp.relu(SEEN), np.maximum(SEEN, 0))
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_classes_that_lie_do_no_harm(kind):
+    """An error or, of the bytes that NumPy makes of them, a result; no array's memory is read."""
+    for name, role in PAIRS:
+        good = operands_of(name)
+        given = good | {role: IMPOSTORS[kind](good[role])}
+        before = snapshot(good)
+        with contextlib.suppress(
+            AttributeError, IndexError, TypeError, ValueError, UnforeseenError
+        ):
+            FUNCTIONS[name](**given)
+        assert snapshot(good) == before or "out" in good
+    assert type(SEEN) is np.ndarray
+    np.testing.assert_array_equal(relu_xp.relu(SEEN), np.maximum(SEEN, 0))
+
+
+def test_what_claims_to_be_of_a_library(xp):
+    """It may pass, as arrays of a library that is new do, or fail; it is not written, nor is x."""
+    real = xp.array(SEEN.copy())
+    make = coat(array_api_compat.array_namespace(real))
+    for use in (
+        lambda liar: relu_xp.relu(liar),
+        lambda liar: relu_xp.relu_vjp(liar, negative_slope=0.5),
+        lambda liar: relu_xp.relu(real, out=liar),
+        lambda liar: relu_xp.relu_backward(liar, real),
+        lambda liar: relu_xp.relu_backward(real, liar),
+        lambda liar: relu_xp.squared_relu(liar),
+    ):
+        liar = make(SEEN)
+        with contextlib.suppress(Exception):
+            use(liar)
+        np.testing.assert_array_equal(liar.host, SEEN)
+        np.testing.assert_array_equal(xp.numpy(real), SEEN)
 
 
 @pytest.mark.usefixtures("backend")
@@ -1337,3 +1409,256 @@ def test_a_namespace_that_calls_the_layer():
         with pytest.raises(TypeError, match="must be an array, got Caller"):
             use()
         np.testing.assert_array_equal(layer.backward(SEEN), np.where(SEEN < 0, SEEN, 0))
+
+
+# ---- the process --------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+
+# Through the public functions, with every array flush against a page that cannot be touched.
+PAGES = """
+    import contextlib, ctypes, itertools, mmap, sys
+    import numpy as np
+
+    tests, name, beyond = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.path.insert(0, tests)
+    import relu_xp
+    from libraries import LIBRARIES, serving_numpy
+    from relu_xp.backends import numpy as alone
+    from relu_xp.testing import oracle
+
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+
+    class Room:
+        def __init__(self, pages):
+            self.map = mmap.mmap(-1, (pages + 2) * mmap.PAGESIZE)
+            memory = np.frombuffer(self.map, np.uint8)
+            start = memory.__array_interface__["data"][0]
+            for number in (0, pages + 1):
+                at = ctypes.c_void_p(start + number * mmap.PAGESIZE)
+                assert protect(at, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+            self.memory = memory[mmap.PAGESIZE : (pages + 1) * mmap.PAGESIZE]
+
+        def place(self, host, at_end):
+            data = host.view(np.uint8)
+            start = len(self.memory) - len(data) if at_end else 0
+            part = self.memory[start : start + len(data)]
+            part[...] = data
+            return part.view(host.dtype)
+
+    LAYOUTS = {
+        "contiguous": lambda a: a,
+        "reversed": lambda a: a[::-1],
+        "strided": lambda a: a[::2] if len(a) % 2 else a[1::2],
+        "Fortran": lambda a: a.reshape(len(a) // 3, 3, order="F"),
+        "columns": lambda a: a.reshape(len(a) // 3, 3)[:, ::-2],
+    }
+    MEMBERS = {}, {"threshold": -0.5}, {"negative_slope": 0.1, "max_value": 0.75}
+
+    def halfway(shape):
+        return np.full(shape, 0.5, np.float32)
+
+    def uses(numbers, dtype):
+        slope = np.full(1, 0.25, dtype)
+        vjp = lambda x, dy, out, mask: relu_xp.relu_vjp(x, out=out, mask=mask, **numbers)
+        yield "relu", lambda x, dy, out, mask: relu_xp.relu(x, out=out, **numbers)
+        yield "in place", lambda x, dy, out, mask: relu_xp.relu(x, out=x, **numbers)
+        yield "vjp", lambda *a: vjp(*a)[0]
+        yield "pullback", lambda x, dy, out, mask: vjp(x, dy, x, mask)[1](dy, out=out)
+        yield "over dy", lambda x, dy, out, mask: vjp(x, dy, out, mask)[1](dy, out=dy)
+        yield "backward", lambda x, dy, out, mask: relu_xp.relu_backward(dy, x, out=out, **numbers)
+        yield "over x", lambda x, dy, out, mask: relu_xp.relu_backward(dy, x, out=x, **numbers)
+        yield "grad", lambda x, dy, out, mask: relu_xp.relu_grad(x, out=out, **numbers)
+        if numbers or compiled:
+            return
+        yield "squared", lambda x, dy, out, mask: relu_xp.squared_relu(x, out=out)
+        yield "rrelu", lambda x, dy, out, mask: relu_xp.rrelu(x, rng=halfway, out=out)
+        yield "prelu", lambda x, dy, out, mask: relu_xp.prelu(x, slope, axis=0, out=out)
+        yield "pieces", lambda x, dy, out, mask: relu_xp.crelu_vjp(x, axis=0)[1](
+            np.concatenate([dy, dy]), out=out
+        )
+
+    def check(dtype, size, rooms, layouts):
+        ends = (True,) if beyond else (False, True)
+        for numbers, layout, at_end in itertools.product(MEMBERS, layouts, ends):
+            rng = np.random.default_rng(size)
+            hosts = [host.astype(dtype) for host in rng.standard_normal((3, size))]
+            with serving_numpy("relu_xp.backends.numpy"):
+                plain = [LAYOUTS[layout](host) for host in hosts]
+                wanted = {
+                    use: function(*(host.copy("K") for host in plain), None).tobytes()
+                    for use, function in uses(numbers, dtype)
+                }
+            for use, function in uses(numbers, dtype):
+                placed = (room.place(host, at_end) for room, host in zip(rooms, hosts))
+                views = [LAYOUTS[layout](array) for array in placed]
+                count = views[0].size if len(numbers) > 1 else -(-views[0].size // 8)
+                mask = rooms[3].place(np.zeros(count, np.uint8), at_end)
+                if beyond:
+                    longer = np.lib.stride_tricks.as_strided
+                    views = [longer(view, (size + 1,), view.strides) for view in views]
+                    mask = np.zeros(size + 1, np.uint8)
+                got = function(*map(library.array, views), library.array(mask))
+                about = dtype, size, numbers, layout, at_end, use
+                assert library.numpy(got).tobytes() == wanted[use], about
+
+    library = LIBRARIES[name]
+    reason = library.load()
+    assert reason is None, reason
+    few, many = [Room(1) for _ in range(4)], [Room(80) for _ in range(4)]
+    compiled = name == "cupy_host"  # with g++, each dtype and layout anew
+    for dtype in [np.dtype("float32")] if compiled else oracle.DTYPES.values():
+        with library.running():
+            for size in (*range(3 * beyond, 21), 33, 36, 48, 51, 63, 64, 65, 66, 129):
+                whole = size and size % 3 == 0 and not beyond
+                layouts = ["contiguous", "columns"] if compiled else LAYOUTS
+                check(dtype, size, few, layouts if whole else ["contiguous"])
+            if name == "numpy":
+                alone._BLOCK, alone._THREADED = 1 << 10, 1 << 12
+            if not compiled:
+                check(dtype, 30_003, many, LAYOUTS)
+"""
+
+
+class TestPages:
+    @pytest.fixture(params=["numpy", "numpy_llvm", "numpy_llvm_streaming", "cupy_host"])
+    def library(self, request):
+        if sys.platform != "linux":
+            unavailable(request.config, "mprotect is called as on Linux")
+        if reason := LIBRARIES[request.param].load():
+            unavailable(request.config, reason)
+        return request.param
+
+    def test_nothing_is_touched_beyond_the_arrays(self, python, library):
+        python(PAGES, TESTS, library, 0, timeout=300)
+
+    def test_the_check_sees_one_element_more(self, python, library):
+        python(PAGES, TESTS, library, 1, status=-signal.SIGSEGV)
+
+
+# The caller of kernels is handed what is no array, or takes the class for one of NumPy's.
+CLASSES = """
+    import sys
+    import numpy as np
+    import relu_xp
+    from relu_xp.activation import Activation, Rounded
+    from relu_xp.backends import llvm
+    from relu_xp.backends.llvm.loader import loader
+    from relu_xp.backends.llvm.runtime import BOARD
+
+    relu_xp.warmup()
+
+    class Liar(bytes):
+        pass
+
+    member = llvm._member(Rounded(Activation(), "float32"))
+    assert member.prepare()
+    liar, x = Liar(b"\\0" * 32 + b"\\3\\5" + b"\\0" * 62), np.ones(24, np.float32)
+    if "believed" in sys.argv:
+        loader.board[BOARD["memmap"]] = id(Liar)
+    assert loader.call(member.forward, 24, None, liar) is None
+    assert loader.call(member.forward, 24, liar, x) is None
+    assert loader.call(member.backward_from_input, 24, None, x, liar) is None
+    assert loader.fits(liar, x, x, 96) is loader.fits(x, liar, x, 96) is False
+    assert loader.fits(x, x, liar, 96) is False
+    assert loader.fits(x, x, x, 96) is True
+    assert loader.call(member.forward, 24, None, x).tolist() == [1] * 24
+"""
+
+
+def test_kernels_take_arrays_alone(require, python):
+    require("llvmlite")
+    python(CLASSES, timeout=300)
+    python(CLASSES, "believed", timeout=300, status=-signal.SIGSEGV)
+
+
+# Anything may be refused, and nothing may crash.
+FUZZ = """
+    import random, sys, warnings
+    import numpy as np
+
+    tests, name, calls = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    sys.path.insert(0, tests)
+    import relu_xp
+    from libraries import LIBRARIES
+    from relu_xp.testing import oracle
+    from test_hostile import FUNCTIONS, LAWFUL, LOCKED, LYING_NUMBERS, REFUSED, TAKES_NUMBER
+    from test_hostile import IMPOSTORS, UnforeseenError, host_of, roles
+
+    draw = random.Random(name)
+    views = [make for name, make in (LAWFUL | LOCKED).items() if name != "far-apart"]
+    strange = [*views, *REFUSED.values(), *IMPOSTORS.values()]
+    shapes = [(4, 6), (4, 6), (), (1,), (0, 3), (3, 0), (7,), (2, 3, 4), (70, 33), (9000,)]
+    dtypes = [*oracle.DTYPES.values(), *map(np.dtype, "bhilqBHILQ?Fe"), np.dtype(">f4")]
+    layers = [
+        relu_xp.ReLU(), relu_xp.LeakyReLU(0.5, max_value=2), relu_xp.PReLU(), relu_xp.CReLU(),
+        relu_xp.RReLU(), relu_xp.SquaredReLU(), relu_xp.ReLU(inplace=True),
+    ]
+    done = refused = 0
+
+    def one(role, name, shape):
+        if role == "mask":
+            size = draw.choice([0, 1, 3, int(np.prod(shape)), 9000])
+            array = np.zeros(size, draw.choice("BBBbHf"))
+        else:
+            array = host_of(name, role, shape or (1,)).reshape(-1)[:max(1, int(np.prod(shape)))]
+            array = np.resize(array, shape)
+        if draw.random() < 0.3:
+            array = array.astype(draw.choice(dtypes))
+        return draw.choice(strange)(array) if draw.random() < 0.3 else array
+
+    def arguments(name, names):
+        shape = draw.choice(shapes)
+        other = draw.choice(shapes)
+        given = {r: one(r, name, draw.choices([shape, other], [9, 1])[0]) for r in names}
+        if draw.random() < 0.2:  # overlapping, or the very same
+            taken = draw.choice(list(given))
+            given["out" if "out" in given else taken] = draw.choice([
+                lambda: given[taken], lambda: given[taken][1:], lambda: given[taken][::-1],
+                lambda: given[taken].view(np.uint8), lambda: given[taken].T,
+            ])()
+        return given
+
+    def layer_call():
+        layer = draw.choice(layers)
+        given = arguments("relu_vjp", ["x", "out", "mask"])
+        options = {k: v for k, v in given.items() if k != "x" and draw.random() < 0.4}
+        if draw.random() < 0.5:
+            options.pop("mask", None)
+            return layer.backward(given["x"], retain=draw.random() < 0.7, **options)
+        return layer.forward(given["x"], **options)
+
+    def function_call():
+        name = draw.choice(list(FUNCTIONS))
+        names = roles(FUNCTIONS[name])
+        return FUNCTIONS[name](**arguments(name, names))
+
+    def number_call():
+        return draw.choice(list(TAKES_NUMBER.values()))(draw.choice(list(LYING_NUMBERS.values())))
+
+    warnings.simplefilter("ignore")
+    library = LIBRARIES[name]
+    assert library.load() is None
+    with library.running():
+        for _ in range(calls):
+            call = draw.choices([function_call, layer_call, number_call], [6, 5, 1])[0]
+            try:
+                call()
+                done += 1
+            except (UnforeseenError, ArithmeticError, AttributeError, LookupError, TypeError,
+                    ValueError, RuntimeError, MemoryError):
+                refused += 1
+        x = np.array([-1, 0, 2, np.nan], np.float32)
+        np.testing.assert_array_equal(relu_xp.relu(x), [0, 0, 2, np.nan])
+        np.testing.assert_array_equal(relu_xp.relu_vjp(x)[1](x), [0, 0, 2, np.nan])
+    print(done, refused)
+"""
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_no_call_crashes(request, python, name):
+    if reason := LIBRARIES[name].load():
+        unavailable(request.config, reason)
+    done, refused = map(int, python(FUZZ, TESTS, name, 4000, timeout=300).split())
+    assert done > 400
+    assert refused > 400

@@ -502,7 +502,7 @@ class TestTailsAndAlignment:
 PAGES = """
     import ctypes, itertools, mmap, sys
     import ml_dtypes, numpy as np
-    from relu_xp.activation import Activation, Rounded
+    from relu_xp.activation import FLOATING, Activation, Rounded
     from relu_xp.backends import llvm
     from relu_xp.backends import numpy as alone
     from relu_xp.backends.llvm import kernels, runtime
@@ -530,11 +530,19 @@ PAGES = """
     rng = np.random.default_rng(5)
     words = [runtime.BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
     llvm._MANY = 0
-    dtypes = ("float16", "bfloat16", "float32", "float64")
-    slopes = ({}, {"max_value": 0.75, "negative_slope": 0.1})
-    for dtype, member in itertools.product(dtypes, slopes):
-        numbers = Rounded(Activation(**member), dtype)
-        loader.make(kernels.structure_of(numbers))
+    choices = itertools.product((0, 0.1, 1e-60), (1, 1.5), (None, 0.75), FLOATING)
+    every = {}
+    for low, high, ceiling, dtype in choices:
+        numbers = Activation(negative_slope=low, positive_slope=high, max_value=ceiling)
+        numbers = Rounded(numbers, dtype)
+        every[kernels.structure_of(numbers)] = numbers
+    never = {s for s in kernels.structures() if s.three and not s.low and "64" in s.dtype_name}
+    assert set(every) == set(kernels.structures()) - never  # where a slope is not rounded to 0
+    for structure, numbers in every.items():
+        dtype = structure.dtype_name
+        if not loader.engine().serves(structure):
+            continue
+        loader.make(structure)
         llvm.forward(numbers, np.ones(1, dtype), None)
         member = llvm._member(numbers)
         assert member.ready
