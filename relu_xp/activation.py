@@ -202,11 +202,10 @@ class _Format:
         limit = math.ldexp(1.0, self.max_exponent)
         if abs(value) >= limit:
             return math.copysign(math.inf, value)
-        exponent = value.bit_length() if isinstance(value, int) else math.frexp(value)[1]
-        last_place = max(exponent, 3 - self.max_exponent) - self.precision
+        last_place = max(math.frexp(value)[1], 3 - self.max_exponent) - self.precision
         units = round(Fraction(value) / Fraction(2) ** last_place)
         rounded = math.ldexp(units, last_place)
-        return math.copysign(math.inf, rounded) if abs(rounded) >= limit else rounded + 0.0
+        return math.copysign(math.inf, rounded) if abs(rounded) >= limit else rounded
 
     def bits(self, value: float) -> int:
         """Return the bit pattern of a number that the format holds."""

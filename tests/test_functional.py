@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import pickle
 import sys
 from fractions import Fraction
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 
 import relu_xp
-from relu_xp.activation import Activation, activation_of
+from relu_xp import activation as activations
+from relu_xp.activation import Activation, Rounded, activation_of, limits
+from relu_xp.testing import oracle
 
 
 def test_the_forum_by_name():
@@ -299,3 +303,495 @@ def test_an_activation_is_built_once_and_frozen():
         first.threshold = 1.0
     assert str(Activation(threshold=-0.0).threshold) == "0.0"
     assert Activation(threshold=2**53 + 1).threshold == 2**53 + 1
+
+
+@pytest.mark.parametrize("name", ["threshold", "negative_slope", "positive_slope", "max_value"])
+def test_numbers_of_any_kind_become_floats(name):
+    for value in (Fraction(3, 2), np.float32(1.5), 1.5, np.int8(3), 3):
+        number = getattr(Activation(**{"max_value": 50, name: value}), name)
+        assert type(number) is float
+        assert number == value
+
+
+def test_an_activation_of_its_own_for_each_compilation(monkeypatch):
+    """`torch.compile` could make no use of what is noted in one that is shared."""
+    numbers = 0.125, -0.25, 3.0, 4.0
+    shared = activation_of(*numbers)
+    monkeypatch.setattr(activations, "compiles", lambda: True)
+    assert activation_of(*numbers) is shared
+    monkeypatch.setattr(activations, "compiling", lambda: True)
+    assert activation_of(*numbers) == shared
+    assert activation_of(*numbers) is not shared
+    assert activations.rounded(*numbers, "float16").activation == shared
+    assert activations.rounded(*numbers, "float16").dtype_name == "float16"
+
+
+# ---- The numbers as a dtype holds them ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_rounded_numbers_are_the_dtypes(dtype):
+    """Ties to even, subnormals, the last number before infinity: as integers round them."""
+    form = oracle.Format(dtype)
+    smallest, largest = limits(dtype)
+    assert form.value(form.round(smallest)) == 1
+    assert form.round(largest) == form.infinity - 1
+    last_place = largest - number_of(form, form.infinity - 2)
+    values = [0.0, 1.0, 1 / 3, 65504.0, 1e-8, 3e-5, 1e5, 1e-40, 1e39, smallest, largest]
+    values += [smallest * factor for factor in (0.25, 0.5, 0.75, 1.5, 2.5, 1023.5)]
+    values += [number_of(form, form.round(1.0) + i) for i in range(3)]
+    values += [1 + (values[-1] - values[-2]) * factor for factor in (0.5, 1.5, 2.5, 0.501, 1.499)]
+    if dtype != "float64":
+        values += [largest + last_place * factor for factor in (0.25, 0.499, 0.5, 0.75, 1.0, 5.0)]
+        values += [largest * 1.5, largest * 2, largest * 4]
+    for value in values:
+        for number in (value, -value):
+            numbers = Activation(threshold=number).round_to(dtype)
+            bits = form.round(number)
+            bits *= bits != form.sign  # there is one zero
+            assert numbers.threshold_bits == bits, number
+            assert numbers.bits(numbers.threshold) == bits, number
+            assert type(numbers.threshold) is float
+
+
+def number_of(form, bits):
+    return float(np.array(bits, form.unsigned).view(form.dtype))
+
+
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_rounded_numbers_say_what_they_are(dtype):
+    form = oracle.Format(dtype)
+    numbers = Activation(0.5, 0.25, 2.0, 4.0).round_to(dtype)
+    assert numbers.dtype_name == dtype
+    assert numbers.floating
+    assert numbers.width == form.width
+    assert numbers.infinity_bits == form.infinity
+    assert numbers.ceiling_bits == form.round(4.0)
+    assert Activation(-2.0, max_value=0.0).round_to(dtype).ceiling_bits == form.sign
+    for b, mirrored in ((2.0, False), (0.5, False), (5e-324, False), (-1.0, True)):
+        assert Activation(positive_slope=b).round_to(dtype).mirrored is mirrored
+    assert Activation().round_to(dtype).plain
+    for one in ({"threshold": 1.0}, {"negative_slope": 1.0}, {"positive_slope": 2.0}):
+        assert not Activation(**one).round_to(dtype).plain
+    assert not Activation(max_value=1.0).round_to(dtype).plain
+    order = [numbers.order(form.round(value)) for value in (-2.0, -1.0, 0.0, 1.0)]
+    assert order == sorted(set(order))
+    assert numbers.order(form.sign) == -1
+    assert numbers.order(0) == 0
+    assert numbers.order(form.infinity + 1) > numbers.order(form.infinity)
+    assert numbers.order(form.sign | form.infinity) == -1 - form.infinity
+
+
+def test_rounded_numbers_travel_as_the_same_object():
+    activation = activation_of(2.0, 1.0, 3.0, 4.0)
+    for dtype in ("float16", "int8"):
+        numbers = activation.round_to(dtype)
+        assert pickle.loads(pickle.dumps(numbers)) is numbers
+        assert numbers.activation is activation
+        assert numbers is activation.round_to(dtype)
+        assert numbers is not Rounded(activation, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+def test_an_integer_dtype_takes_the_whole_of_its_range(dtype):
+    low, high = (int(end) for end in (np.iinfo(dtype).min, np.iinfo(dtype).max))
+    numbers = Activation(threshold=high).round_to(dtype)
+    assert numbers.threshold == high
+    assert numbers.width == int(dtype.strip("uint"))
+    assert not numbers.floating
+    assert Activation(threshold=low).round_to(dtype).threshold == low
+    for beyond in (low - 1, high + 1):
+        with pytest.raises(ValueError, match=f"^threshold={beyond}.* is not a whole number that"):
+            Activation(threshold=beyond).round_to(dtype)
+
+
+# ---- What each refusal says, in full ------------------------------------------------------------
+
+X = np.ones((2, 3), np.float32)
+READ_ONLY = np.broadcast_to(np.float32(1), (2, 3))
+MEMORY = np.zeros(40, np.float32)
+FIT = "give an array that shares no memory with it"
+
+
+def after_forward(layer):
+    layer.forward(X)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        # The numbers.
+        (
+            lambda: relu_xp.relu(X, threshold="1"),
+            TypeError,
+            "threshold must be a real number, got str",
+        ),
+        (
+            lambda: relu_xp.relu(X, max_value=10**400),
+            ValueError,
+            "max_value must be finite, got one beyond the range of float64",
+        ),
+        (
+            lambda: relu_xp.relu(X, negative_slope=math.nan),
+            ValueError,
+            "negative_slope must be finite, got nan",
+        ),
+        (
+            lambda: relu_xp.relu(X, positive_slope=0),
+            ValueError,
+            "positive_slope must not be 0: nothing would pass above the threshold",
+        ),
+        (
+            lambda: relu_xp.relu(X, positive_slope=-1, max_value=1),
+            ValueError,
+            "max_value needs positive_slope > 0 and max_value > positive_slope*threshold, "
+            "got max_value=1.0, positive_slope=-1.0, threshold=0.0",
+        ),
+        (
+            lambda: relu_xp.relu(np.ones(3, np.uint8), threshold=0.5),
+            ValueError,
+            "relu: x: threshold=0.5 is not a whole number that uint8 holds; "
+            "convert the array to a floating dtype first",
+        ),
+        (
+            lambda: relu_xp.rrelu(X, 0.5, 0.25),
+            ValueError,
+            "lower must not be above upper, got lower=0.5, upper=0.25",
+        ),
+        (
+            lambda: relu_xp.rrelu(X, -1.5e308, 1.5e308),
+            ValueError,
+            "upper - lower must be finite, got lower=-1.5e+308, upper=1.5e+308",
+        ),
+        # Arrays and their dtypes.
+        (
+            lambda: relu_xp.relu([1.0]),
+            TypeError,
+            "relu: x must be an array, got list; convert it first, for example numpy.asarray(x)",
+        ),
+        (
+            lambda: relu_xp.relu_backward(X, np.float32(1)),
+            TypeError,
+            "relu_backward: x must be an array, got the NumPy scalar float32; "
+            "convert it first, for example numpy.asarray(x)",
+        ),
+        (
+            lambda: relu_xp.relu(np.ma.ones(3)),
+            TypeError,
+            "relu: x is a numpy.ma.MaskedArray, whose own rules (a mask, a shape) would be lost; "
+            "convert it first, for example numpy.asarray(x)",
+        ),
+        (
+            lambda: relu_xp.relu(np.ones(3, np.complex64)),
+            TypeError,
+            "relu: x: complex64 has no order; relu takes real floating or integer arrays "
+            "(float16, bfloat16, float32, float64, int8 to int64, uint8 to uint64)",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(np.ones(3, bool)),
+            TypeError,
+            "relu_vjp: x: bool is not supported; relu takes real floating or integer arrays "
+            "(float16, bfloat16, float32, float64, int8 to int64, uint8 to uint64)",
+        ),
+        (
+            lambda: relu_xp.relu(X.astype(">f4")),
+            TypeError,
+            "relu: x: byte-swapped dtype >f4 is not supported; "
+            "convert it first, for example x.astype('float32')",
+        ),
+        (
+            lambda: relu_xp.relu_grad(np.ones(3, np.int64)),
+            TypeError,
+            "relu_grad: x has dtype int64, which has no gradient; "
+            "convert it to a floating dtype first",
+        ),
+        # What does not fit.
+        (
+            lambda: relu_xp.relu_backward(X[0], X),
+            ValueError,
+            "relu_backward: dy has shape (3,), x is (2, 3)",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(X)[1](X[0]),
+            ValueError,
+            "pullback: dy has shape (3,), forward saw (2, 3)",
+        ),
+        (lambda: relu_xp.relu(X, out=X[0]), ValueError, "relu: out has shape (3,), x is (2, 3)"),
+        (
+            lambda: relu_xp.relu_backward(X, X, out=X[0]),
+            ValueError,
+            "relu_backward: out has shape (3,), dy is (2, 3)",
+        ),
+        (
+            lambda: relu_xp.crelu(X, out=X.copy()),
+            ValueError,
+            "crelu: out has shape (2, 3), the result has (2, 6)",
+        ),
+        (
+            lambda: relu_xp.relu(X, out=np.zeros((2, 3))),
+            TypeError,
+            "relu: out has dtype float64, the result float32; give an array of that dtype",
+        ),
+        (
+            lambda: relu_xp.relu(X, out=READ_ONLY),
+            ValueError,
+            "relu: out is read-only; give an array that may be written",
+        ),
+        (
+            lambda: relu_xp.relu(READ_ONLY, out=READ_ONLY),
+            ValueError,
+            "relu: x, which is to be overwritten, is read-only; give an array that may be written",
+        ),
+        (
+            lambda: relu_xp.relu(MEMORY[:8], out=MEMORY[4:12]),
+            ValueError,
+            f"relu: out overlaps an input without being the same view; {FIT}",
+        ),
+        (
+            lambda: relu_xp.relu(
+                X[:, :2], out=np.lib.stride_tricks.as_strided(MEMORY, (2, 2), (4, 4))
+            ),
+            ValueError,
+            "relu: out is a broadcast view, whose elements share memory; give an array",
+        ),
+        # A mask of the caller's.
+        (
+            lambda: relu_xp.relu_vjp(X, mask=np.zeros(9, np.int8)),
+            TypeError,
+            "relu_vjp: mask has dtype int8; give an array of uint8",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(X, mask=np.zeros((2, 9), np.uint8)),
+            ValueError,
+            "relu_vjp: mask has shape (2, 9) and strides (9, 1); "
+            "give a contiguous array with one axis",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(X, mask=np.zeros(0, np.uint8)),
+            ValueError,
+            "relu_vjp: mask has 0 bytes, x needs 1",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(MEMORY, mask=MEMORY.view(np.uint8)[:5]),
+            ValueError,
+            f"relu_vjp: mask overlaps an input without being the same view; {FIT}",
+        ),
+        # The variants.
+        (
+            lambda: relu_xp.prelu(X, np.ones((1, 3))),
+            ValueError,
+            "prelu: weight has shape (1, 3); give one slope, or an array with one axis, that of "
+            "the channels",
+        ),
+        (
+            lambda: relu_xp.prelu_vjp(X, np.ones(2)),
+            ValueError,
+            "prelu_vjp: weight has 2 slopes, but x has 3 channels along axis 1 (shape (2, 3))",
+        ),
+        (
+            lambda: relu_xp.prelu(X, np.ones(3), axis=-3),
+            ValueError,
+            "prelu: x has shape (2, 3), and no axis -3",
+        ),
+        (
+            lambda: relu_xp.crelu(X, axis=1.0),
+            TypeError,
+            "crelu: axis must be a whole number, got float",
+        ),
+        (
+            lambda: relu_xp.rrelu(X, rng=3),
+            TypeError,
+            "rrelu: rng must draw arrays of random numbers, as numpy.random.default_rng() does, "
+            "got int ('int' object has no attribute 'random')",
+        ),
+        (
+            lambda: relu_xp.rrelu_vjp(X, rng=lambda shape: np.ones(2)),
+            ValueError,
+            "rrelu_vjp: what rng drew has shape (2,), x has (2, 3)",
+        ),
+        (
+            lambda: relu_xp.rrelu(X, rng=lambda shape: np.arange(1 / 0)),
+            ZeroDivisionError,
+            "division by zero",
+        ),
+        # The layers.
+        (
+            lambda: relu_xp.ReLU().backward(X),
+            RuntimeError,
+            "backward: nothing is saved; call forward(x) first (with training=True), once for "
+            "each backward. backward(dy, retain=True) keeps it for another call; "
+            "relu_xp.relu_vjp serves a layer that is used twice in one pass",
+        ),
+        (
+            lambda: relu_xp.ReLU(inplace=True).forward(X, out=X.copy()),
+            ValueError,
+            "forward: out was given, but a layer with inplace=True writes into its argument; "
+            "leave out= away, or make the layer without inplace",
+        ),
+        (
+            lambda: relu_xp.SquaredReLU(inplace=1),
+            TypeError,
+            "inplace must be True or False, got int",
+        ),
+        (
+            lambda: setattr(relu_xp.CReLU(), "inplace", True),
+            ValueError,
+            "CReLU cannot work in place: y is longer than x",
+        ),
+        (
+            lambda: relu_xp.PReLU(0),
+            ValueError,
+            "num_parameters must be at least 1, got 0",
+        ),
+        (
+            lambda: relu_xp.PReLU(1.5),
+            TypeError,
+            "num_parameters must be a whole number, got float",
+        ),
+        (lambda: relu_xp.PReLU(init="1"), TypeError, "init must be a real number, got str"),
+        (lambda: relu_xp.PReLU(axis="1"), TypeError, "axis must be a whole number, got str"),
+        (
+            lambda: relu_xp.PReLU(xp="numpy"),
+            TypeError,
+            "xp must be an array library, such as the module cupy, got str",
+        ),
+        (
+            lambda: relu_xp.PReLU(init=1e300, dtype="float32"),
+            ValueError,
+            "init must be finite in float32, got 1e+300",
+        ),
+        (
+            lambda: relu_xp.PReLU(dtype="int32"),
+            TypeError,
+            "PReLU: the weight has dtype int32, which has no gradient; "
+            "convert it to a floating dtype first",
+        ),
+        (
+            lambda: relu_xp.PReLU(4).forward(X),
+            ValueError,
+            "forward: layer.params[0] has 4 slopes, but x has 3 channels along axis 1 "
+            "(shape (2, 3))",
+        ),
+        (
+            lambda: relu_xp.PReLU(4).forward(X, training=False),
+            ValueError,
+            "forward: layer.params[0] has 4 slopes, but x has 3 channels along axis 1 "
+            "(shape (2, 3))",
+        ),
+        (lambda: relu_xp.CReLU("0"), TypeError, "axis must be a whole number, got str"),
+    ],
+)
+def test_a_refusal_names_the_argument_what_came_and_what_to_do(call, error, message):
+    with pytest.raises(error) as refused:
+        call()
+    assert type(refused.value) is error
+    assert str(refused.value) == message
+
+
+@pytest.mark.parametrize("variant", ["prelu", "crelu", "squared_relu", "rrelu"])
+def test_a_refusal_names_the_function_that_was_called(variant):
+    """Each of a variant's two functions and its layer, at every argument that it checks."""
+    rng = np.random.default_rng(0)
+    make = {
+        "prelu": relu_xp.PReLU,
+        "crelu": relu_xp.CReLU,
+        "squared_relu": relu_xp.SquaredReLU,
+        "rrelu": lambda: relu_xp.RReLU(rng=rng),
+    }[variant]
+    weight = (np.ones(1, np.float32),) * (variant == "prelu")
+    options = {"rng": rng} if variant == "rrelu" else {}
+    bad = np.ones((2, 3), np.int32)
+
+    def check(name, argument, function, *arguments, **options):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            function(*arguments, **options)
+        assert str(refused.value).startswith(f"{name}: {argument} ")
+
+    short = X[0].copy()
+    for name in (variant, f"{variant}_vjp"):
+        function = getattr(relu_xp, name)
+        check(name, "x", function, bad, *weight, **options)
+        check(name, "x", function, [1.0], *weight, **options)
+        check(name, "out", function, X, *weight, **options, out=short)
+        if weight:
+            check(name, "weight", function, X, [1.0])
+            check(name, "weight", function, X, np.ones(1, np.int32))
+    for training in (False, True):
+        check("forward", "x", make().forward, [1.0], training=training)
+        check("forward", "out", make().forward, X, training=training, out=short)
+    layer = make()
+    y = layer.forward(X)
+    check("backward", "dy", layer.backward, [1.0])
+    check("backward", "out", layer.backward, y, out=short)
+    *_, pullback = getattr(relu_xp, f"{variant}_vjp")(X, *weight, **options)
+    check("pullback", "dy", pullback, [1.0])
+    check("pullback", "out", pullback, y, out=short)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["relu", "leaky_relu", "relu6", "clipped_relu", "thresholded_relu", "relu_grad", "relu_vjp"],
+)
+def test_a_function_of_the_family_names_itself(name):
+    function = getattr(relu_xp, name)
+    for call, argument in (
+        (lambda: function([1.0]), "x"),
+        (lambda: function(X, out=[1.0]), "out"),
+        (lambda: function(X, out=X[0]), "out"),
+    ):
+        with pytest.raises((TypeError, ValueError)) as refused:
+            call()
+        assert str(refused.value).startswith(f"{name}: {argument} ")
+
+
+def test_a_refusal_tells_how_to_move_an_array(require):
+    strict = require("array_api_strict")
+    there = strict.ones((2, 3), dtype=strict.float32)
+    place = f"array_api_strict on device {there.device}"
+    to_numpy = "move it first, for example numpy.asarray"
+    to_strict = "move it first, for example array_api_strict.asarray"
+    for call, message in (
+        (
+            lambda: relu_xp.relu_backward(there, X),
+            f"relu_backward: x is NumPy, dy is {place}; {to_numpy}(dy)",
+        ),
+        (
+            lambda: relu_xp.relu_backward(X, there),
+            f"relu_backward: x is {place}, dy is NumPy; {to_strict}(dy)",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(X)[1](there),
+            f"pullback: forward saw NumPy, dy is {place}; {to_numpy}(dy)",
+        ),
+        (lambda: relu_xp.relu(X, out=there), f"relu: x is NumPy, out is {place}; {to_numpy}(out)"),
+        (
+            lambda: relu_xp.crelu(X, out=there),
+            f"crelu: x is NumPy, out is {place}; {to_numpy}(out)",
+        ),
+        (
+            lambda: relu_xp.relu_backward(X, X, out=there),
+            f"relu_backward: dy is NumPy, out is {place}; {to_numpy}(out)",
+        ),
+        (
+            lambda: relu_xp.relu_vjp(X, mask=there),
+            f"relu_vjp: x is NumPy, mask is {place}; {to_numpy}(mask)",
+        ),
+        (
+            lambda: relu_xp.prelu(X, there[0, :]),
+            f"prelu: x is NumPy, weight is {place}; {to_numpy}(weight)",
+        ),
+        (
+            lambda: after_forward(relu_xp.PReLU()).backward(there),
+            f"backward: forward saw NumPy, dy is {place}; {to_numpy}(dy)",
+        ),
+    ):
+        with pytest.raises(TypeError) as refused:
+            call()
+        assert str(refused.value) == message
+    with pytest.raises(TypeError) as refused:
+        relu_xp.relu_vjp(there, mask=np.zeros(1, np.uint8))
+    assert str(refused.value) == (
+        f"relu_vjp: mask was given, but x is {place}, whose masks the library makes itself; "
+        "leave mask= away"
+    )

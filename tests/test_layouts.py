@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -286,6 +288,86 @@ def test_a_mask_that_is_read_only_is_refused():
     mask.flags.writeable = False
     with pytest.raises(ValueError, match="relu_vjp: mask is read-only"):
         relu_xp.relu_vjp(np.ones(3), mask=mask)
+
+
+@pytest.fixture
+def spare(monkeypatch):
+    """The memory that is kept for masks to come: none yet."""
+    memory = collections.deque()
+    monkeypatch.setattr(masks, "_spare", memory)
+    return memory
+
+
+LARGE = masks._LARGE
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1])
+def test_the_memory_of_a_mask_has_its_length(spare, nbytes):
+    for _ in range(2):  # the second from what is spare
+        memory = masks.buffer(nbytes)
+        assert (memory.shape, memory.dtype) == ((nbytes,), np.uint8)
+        memory[:] = 0x5A
+        del memory
+
+
+def test_the_memory_of_a_large_mask_serves_the_next_of_its_size(spare):
+    """Also where several sizes alternate, as the layers of a network do."""
+    sizes = (LARGE, LARGE + 8, LARGE + 16)
+    held = [masks.buffer(size) for size in sizes]
+    addresses = [memory.ctypes.data for memory in held]
+    assert not spare
+    for _ in range(2):
+        held.clear()
+        assert sorted(memory.size for memory in spare) == sorted(sizes)
+        for at in (1, 0, 2):
+            held.append(masks.buffer(sizes[at]))
+            assert held[-1].ctypes.data == addresses[at]
+        held.sort(key=len)
+    small = masks.buffer(LARGE - 1)
+    del small
+    assert not spare, "malloc keeps what is small"
+
+
+def test_memory_of_sizes_that_are_no_longer_asked_for_is_given_back(spare):
+    held = [masks.buffer(LARGE), masks.buffer(LARGE + 8)]
+    held.clear()
+    assert len(spare) == 2
+    masks.buffer(LARGE + 16)
+    assert [memory.size for memory in spare] == [LARGE + 16]
+
+
+def test_only_so_much_memory_is_kept(spare, monkeypatch):
+    monkeypatch.setattr(masks, "_SPARE_MOST", 3 * LARGE)
+    held = [masks.buffer(LARGE) for _ in range(5)]
+    held.clear()
+    assert len(spare) == 3
+
+
+def test_another_thread_may_take_the_last_memory(spare, monkeypatch):
+    class Raced(collections.deque):
+        def popleft(self):
+            self.clear()
+            raise IndexError
+
+    monkeypatch.setattr(masks, "_spare", Raced([np.zeros(LARGE, np.uint8)]))
+    assert masks.buffer(LARGE).size == LARGE
+
+
+def test_the_memory_of_a_mask_is_not_lent_again_while_the_process_ends(python):
+    """What others do at exit comes after what `weakref.finalize` would do there."""
+    script = """
+        import atexit
+
+        @atexit.register
+        def check():
+            print(numpy.shares_memory(held, mask.buffer(mask._LARGE)), end="")
+
+        import numpy
+        from relu_xp import mask
+
+        held = mask.buffer(mask._LARGE)
+    """
+    assert python(script) == "False"
 
 
 def test_the_mask_is_ours_alone(xp):
