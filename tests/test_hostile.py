@@ -623,15 +623,15 @@ FAULTS = {
 }
 
 
-# A gradient that is not there any more, or what pickle cannot take, shows by itself.
-CAUGHT = (AssertionError, RuntimeError, TypeError, pytest.fail.Exception)
+# Of a gradient that is not there any more, or what cannot be pickled, the package or pickle tells.
+CAUGHT = (Exception, pytest.fail.Exception)
 
 
 @pytest.mark.parametrize("home", ["numpy"], indirect=True)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(home, fault):
     with mock.patch.object(*FAULTS[fault]), pytest.raises(CAUGHT):
-        live(home, 300, phases=[Phase.generate], database=None)
+        live(home, 300, phases=[Phase.generate], database=None, derandomize=True)
 
 
 # ---- arrays that lie ----------------------------------------------------------------------------
