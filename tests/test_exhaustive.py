@@ -85,14 +85,15 @@ class Block:
             drop = max(length - FRACTION - 1, -exponent - its_exponent)
             whole = exact[begin:end]
             if drop > 0:
-                odd = whole >> drop & 1
-                whole = (whole + odd + ((1 << (drop - 1)) - 1)) >> drop  # ties to even
+                whole += (whole >> drop & 1) + ((1 << (drop - 1)) - 1)  # ties to even
+                whole >>= drop
             else:
-                whole = whole << -drop
+                whole <<= -drop
             # A carry past the significand lands in the exponent, as it should.
-            bits = whole + (exponent + its_exponent + drop << FRACTION)
-            found[begin:end] = np.minimum(bits, FORM.infinity) | sign
+            whole += exponent + its_exponent + drop << FRACTION
+            found[begin:end] = np.minimum(whole, FORM.infinity, out=whole)
             begin = end
+        found |= np.uint32(sign)
         return found
 
 
