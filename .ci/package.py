@@ -1,0 +1,53 @@
+"""What a release is made of: the wheel has the package only, the sdist what is in the repository.
+
+    package.py FOLDER
+
+The folder has one wheel and one sdist, made from this clean clone. The extras that the other checks
+do not install have to resolve.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+RESOLVED = {"cuda12": "cupy-cuda12x", "cuda13": "cupy-cuda13x"}
+
+
+def main(folder: Path) -> None:
+    """Check a wheel and an sdist, and stop at what is wrong."""
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    kept = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
+    ours = {name for name in kept.stdout.splitlines() if not name.startswith(".ci/")}
+
+    with zipfile.ZipFile(wheel) as archive:
+        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+    same("wheel", found, {name for name in ours if name.startswith("relu_xp/")})
+    with tarfile.open(sdist) as archive:
+        found = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    same("sdist", found, ours | {"PKG-INFO"})
+
+    for extra, name in RESOLVED.items():
+        asked = ["pip", "install", "--quiet", "--dry-run", "--report", "-", f"{wheel}[{extra}]"]
+        done = subprocess.run([sys.executable, "-m", *asked], stdout=subprocess.PIPE, check=True)
+        report = json.loads(done.stdout)["install"]
+        found = {re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower() for one in report}
+        if name not in found:  # an extra that is not there is but a warning of pip's
+            raise SystemExit(f"{extra} brings {', '.join(sorted(found))}, and no {name}")
+    print(f"{wheel.name}, {sdist.name}: the files of the repository; {', '.join(RESOLVED)} resolve")
+
+
+def same(what: str, found: set[str], wanted: set[str]) -> None:
+    """Stop if two sets of files differ."""
+    if found != wanted:
+        more, lacking = sorted(found - wanted), sorted(wanted - found)
+        raise SystemExit(f"the {what} has {more} that it should not, and lacks {lacking}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
