@@ -954,6 +954,182 @@ class TestExit:
         process(script, timeout=30)
 
 
+# Ctrl-C at every point of a call in turn: Python hears of it when a function begins or returns. But
+# not when a lock was entered: Python 3.14 itself would leave that locked, other versions wait.
+POINTS = """
+    import itertools, sys, threading, time
+
+    def interrupt_everywhere(call, then):
+        \"\"\"Return how many points there were; after each, `then` must find all well.\"\"\"
+        points = whole = 0
+        while whole < 5:  # how many there are may depend on threads
+            left = points
+
+            def profile(frame, event, argument):
+                nonlocal left
+                ours = [f and "relu_xp" in f.f_code.co_filename for f in (frame, frame.f_back)]
+                heard = any(ours[: 1 if event == "c_return" else 2]) and event != "c_call"
+                entered = getattr(argument, "__name__", None) == "__enter__"
+                if heard and not entered and "llvmlite" not in frame.f_code.co_filename:
+                    left -= 1
+                    if left == -1:
+                        raise KeyboardInterrupt
+
+            try:
+                sys.setprofile(profile)
+                call()
+            except KeyboardInterrupt:
+                assert left == -1
+                whole = 0
+            else:
+                sys.setprofile(None)
+                assert left >= 0 or lost.pop() is KeyboardInterrupt, f"point {points}"
+                whole += left >= 0
+            then()
+            points += 1
+        return points - whole
+
+    lost = []  # in finalizers: Python only tells of what they raise
+    sys.unraisablehook = lambda event: lost.append(event.exc_type)
+"""
+
+
+class TestInterrupts:
+    def test_of_a_call_with_helpers(self, python):
+        """When the caller has the error, nothing is at work any more."""
+        script = """
+            from relu_xp.backends import threads
+            threads.count = lambda: 3
+            at_work, helped = [], 0
+
+            def part(number):
+                global helped
+                if threading.current_thread() is threading.main_thread():
+                    time.sleep(0.001)
+                else:
+                    at_work.append(number)
+                    helped += 1
+                    time.sleep(0.003)
+                    at_work.pop()
+
+            def then():
+                assert not at_work
+                done = set()
+                threads.run(done.add, [(number,) for number in range(4)])
+                assert done == set(range(4))
+
+            parts = [(number,) for number in range(4)]
+            points = interrupt_everywhere(lambda: threads.run(part, parts), then)
+            assert points > 20, points
+            assert helped > 20, helped
+        """
+        python(textwrap.dedent(POINTS) + textwrap.dedent(script))
+
+    def test_of_public_calls(self, process):
+        script = """
+            from relu_xp import mask
+            mask._LARGE = 1 << 10
+            warm()
+            right()
+            slopes = itertools.count(1)
+            layers = [
+                relu_xp.ReLU(), relu_xp.LeakyReLU(), relu_xp.ReLU6(negative_slope=0.1),
+                relu_xp.PReLU(401), relu_xp.RReLU(), relu_xp.CReLU(), relu_xp.SquaredReLU(),
+            ]
+            x, wanted = x[:50].copy(), wanted[:50]
+            mine, few = x.copy(), x[::2]
+            y, pullback = relu_xp.relu_vjp(x)
+
+            def through(layer):
+                layer.backward(layer.forward(x))
+
+            calls = [
+                lambda: relu_xp.relu(x, negative_slope=1 / next(slopes)),
+                lambda: relu_xp.relu_vjp(x, max_value=next(slopes), out=mine),
+                lambda: pullback(x, out=mine),
+                lambda: relu_xp.relu_backward(x, x, threshold=1 / next(slopes)),
+                lambda: relu_xp.relu_grad(few),
+                lambda: relu_xp.relu_vjp(few)[1](few),
+                *[lambda layer=layer: through(layer) for layer in layers],
+            ]
+            points = [interrupt_everywhere(call, lambda: right(1)) for call in calls]
+            assert min(points) > 20, points
+            for layer in layers:  # none was left in a state that it does not come out of
+                layer.backward(layer.forward(x))
+        """
+        process(textwrap.dedent(POINTS) + textwrap.dedent(script), timeout=120)
+
+    @only_with_kernels
+    def test_of_what_asks_for_a_kernel(self, process):
+        """The next to ask has it made."""
+        script = """
+            from relu_xp.backends.llvm import kernels
+            from relu_xp.backends.llvm.loader import Loader
+            structure = kernels.Structure("float32")
+
+            def begin():
+                global mine, made
+                mine, made = Loader(), threading.Event()
+                mine.make = lambda structure: made.set()
+
+            def then():
+                mine.request(structure)
+                assert made.wait(5), "never"
+                begin()
+
+            begin()
+            assert interrupt_everywhere(lambda: mine.request(structure), then) > 4
+        """
+        process(textwrap.dedent(POINTS) + textwrap.dedent(script))
+
+    @only_with_kernels
+    def test_of_what_makes_a_kernel_and_starts_helpers(self, process):
+        script = """
+            from relu_xp.backends import llvm
+            from relu_xp.backends.llvm import kernels
+            from relu_xp.backends.llvm.loader import loader
+            from relu_xp.backends.llvm.runtime import BOARD
+            warm()
+            structure = kernels.Structure("float32")
+
+            def begin():
+                loader.__init__()
+                del loader.muster
+
+            def make():
+                loader.make(structure)
+                loader.muster()
+                dismiss()
+
+            def dismiss():
+                if "muster" in vars(loader):
+                    loader.muster.__self__.dismiss()
+
+            def then():
+                loader.make(structure)
+                assert loader.failure is None
+                assert structure in loader.addresses
+                loader.board[BOARD["threaded_bytes"]] = 1 << 14
+                llvm._member.cache_clear()
+                jobs = published()
+                right(1)
+                assert published() > jobs
+                dismiss()
+                deadline = time.monotonic() + 5
+                while helpers():  # one that was not known yet is told to stop, but not waited for
+                    assert time.monotonic() < deadline
+                    time.sleep(0.001)
+                begin()
+
+            os.register_at_fork = lambda **_: None
+            atexit.register = lambda function: None
+            dismiss()
+            begin()
+            assert interrupt_everywhere(make, then) > 100
+        """
+        process(textwrap.dedent(POINTS) + textwrap.dedent(script), timeout=120)
+
+
 class TestNoThreads:
     def test_calls_do_without(self, process, tmp_path):
         script = """

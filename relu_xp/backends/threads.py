@@ -8,6 +8,7 @@ import contextlib
 import functools
 import math
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +19,7 @@ __all__ = ["VARIABLE", "count", "run"]
 VARIABLE = "RELU_XP_NUM_THREADS"
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU in a period
+_SMALLEST_NORMAL = 2.0**-1022
 
 
 @functools.cache
@@ -52,17 +54,20 @@ def run(function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> No
 
     Each takes the next part when it has done one, so a thread that loses its CPU delays only its
     own. Returns, or raises what a call raised, when nothing is at work any more.
+
+    Where this thread's processor takes subnormals for zero it works alone: others do not know.
     """
     job = _Job(function, parts)
     try:
-        # Without more threads, or while the interpreter is shutting down, this one works alone.
-        with contextlib.suppress(RuntimeError):
-            for _ in range(min(count(), len(job.left)) - 1):
-                _pool().submit(job.work)
+        if _SMALLEST_NORMAL / 2:
+            job.seek_help(min(count(), len(job.left)) - 1)
         job.work()
-    except BaseException as error:  # Ctrl-C, before the work began
-        job.fail(error)
-    job.wait()
+        job.wait()
+    except BaseException:  # Ctrl-C above all, which may come at any point
+        job.abandon()
+        raise
+    finally:
+        del job.function  # the pool may keep the job; the arrays it need not
     if job.error is not None:
         try:
             raise job.error
@@ -71,49 +76,62 @@ def run(function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> No
 
 
 class _Job:
-    """Parts that are left to do, and who is at work on one."""
+    """Parts that are left to do, and how many helpers are at work on one.
+
+    Locks are for helpers alone: Ctrl-C comes to the caller only, which then may hold none.
+    """
 
     def __init__(self, function: Callable[..., object], parts: Iterable[tuple[Any, ...]]) -> None:
+        self.function = function
         self.left = collections.deque(parts)
-        self.error: BaseException | None = None
-        self._function = function
-        self._workers = 0
-        self._change = threading.Condition()
+        self.error: BaseException | None = None  # of a helper
+        self._helpers = 0
+        self._counting = threading.Lock()
+        self._gone: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def seek_help(self, helpers: int) -> None:
+        """Ask for helpers; as many come as the pool has threads for, and time."""
+        # There may be no more threads, or the interpreter is shutting down.
+        with contextlib.suppress(RuntimeError):
+            for _ in range(helpers):
+                _pool().submit(self.help)
 
     def work(self) -> None:
-        """Do parts until there are none; after an error nobody begins another."""
-        with self._change:
-            self._workers += 1
-        try:
-            while True:
-                try:
-                    part = self.left.popleft()
-                except IndexError:
-                    return
-                self._function(*part)
-        except BaseException as error:  # Ctrl-C above all: it is for whoever called
-            self.fail(error)
-        finally:
-            with self._change:
-                self._workers -= 1
-                self._change.notify_all()
-
-    def wait(self) -> None:
-        """Wait until nobody is at work, even if that is interrupted."""
+        """Do parts until there are none."""
         while True:
             try:
-                with self._change:
-                    self._change.wait_for(lambda: not self._workers)
-                break
-            except KeyboardInterrupt as error:
-                self.fail(error)
-        del self._function  # the pool may keep this; the arrays it need not
+                part = self.left.popleft()
+            except IndexError:
+                return
+            self.function(*part)
 
-    def fail(self, error: BaseException) -> None:
-        """Leave the rest undone."""
-        self.left.clear()
-        if self.error is None:
+    def help(self) -> None:
+        """Work on a thread of the pool; after an error nobody begins another part."""
+        with self._counting:
+            self._helpers += 1
+        try:
+            self.work()
+        except BaseException as error:
+            self.left.clear()
             self.error = error
+        finally:
+            with self._counting:
+                self._helpers -= 1
+            self._gone.put(None)
+
+    def wait(self) -> None:
+        """Wait until no helper is at work: each that is will tell when it goes."""
+        while self._helpers:
+            self._gone.get()
+
+    def abandon(self) -> None:
+        """Leave the rest undone, and wait, even if that is interrupted."""
+        while True:
+            try:
+                self.left.clear()
+                return self.wait()
+            except KeyboardInterrupt:
+                pass  # once more: the first is on its way
 
 
 @functools.cache

@@ -65,10 +65,12 @@ class Loader:
     def request(self, structure: kernels.Structure) -> None:
         """See to it that a structure's kernels will be there some time soon."""
         with self._queue:
-            if self.failure is not None or structure in self._asked:
+            if self.failure is not None:
                 return
-            self._asked.append(structure)
-            if self._thread is None:
+            if structure not in self._asked:
+                self._asked.append(structure)
+            # One that is not alive was not started: Ctrl-C came first.
+            if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="relu_xp-compiler")
                 try:
                     self._thread.start()
