@@ -439,6 +439,17 @@ class TestCallersAtOnce:
             for y in pool.map(lambda _: relu_xp.relu(case.x, **case.numbers), range(100)):
                 case.equal(case.y, y)
 
+    def test_products_do_not_depend_on_the_thread(self, backend, flush_to_zero):
+        """While the caller's processor takes subnormals for zero, all those that help do."""
+        for dtype in (np.float32, np.float64):
+            x = np.full(1 << 17, -np.finfo(dtype).smallest_normal)
+            for _ in range(50):
+                with flush_to_zero():
+                    flushed = relu_xp.relu(x, negative_slope=0.5)
+                assert not bits(np.abs(flushed)).any()
+                assert (bits(relu_xp.relu(x, negative_slope=0.5)) != 0).all()
+                assert (relu_xp.relu(x, negative_slope=0.5) != 0).all()
+
     def test_a_pool_of_workers(self, backend):
         cases = [Case(number) for number in range(6)]
         with concurrent.futures.ThreadPoolExecutor(6) as pool:

@@ -43,6 +43,7 @@ BOARD = {
     "get_cpu": 22,  # addresses of functions of Linux, 0 elsewhere
     "get_affinity": 23,
     "set_affinity": 24,
+    "float_modes": 27,  # the caller's: how its processor rounds, and whether it keeps subnormals
     "busy": 32,  # 1 while a caller owns the board
     "published": 40,  # jobs so far
     "open": 48,  # 1 while helpers may begin
@@ -68,8 +69,10 @@ FLAGS = _C_CONTIGUOUS | _F_CONTIGUOUS | _ALIGNED | _WRITEABLE  # all that is rea
 # PyArrayObject_fields, part of NumPy's ABI, of which `strides` and `base` are not read.
 FIELDS = {"class": -8, "data": 0, "axes": 8, "shape": 16, "dtype": 40, "flags": 48}
 
+_X86 = ("x86_64", "amd64")
+
 # How a processor is told that it waits for another.
-_PAUSE = dict.fromkeys(("x86_64", "amd64"), ("llvm.x86.sse2.pause", "", "")) | dict.fromkeys(
+_PAUSE = dict.fromkeys(_X86, ("llvm.x86.sse2.pause", "", "")) | dict.fromkeys(
     ("aarch64", "arm64"), ("llvm.aarch64.hint", "i32", "i32 1")
 )
 
@@ -100,7 +103,8 @@ def source(header: int) -> str:
 
     For a job each thread has a share of the blocks, so that what its cache holds it meets again,
     and then helps with the others' shares. There is one job at a time: who finds the board busy
-    works alone, since the CPUs are busy as well.
+    works alone, since the CPUs are busy as well. On x86 a helper's processor rounds, and takes
+    subnormals for zero or not, as the caller's does.
 
     Parameters
     ----------
@@ -150,7 +154,18 @@ def source(header: int) -> str:
   %post_{name} = getelementptr i8, ptr %board, i64 {8 * BOARD[name]}
   store {kind} {value}, ptr %post_{name}"""
 
-    hint, parameter, argument = _PAUSE[platform.machine().lower()]
+    machine = platform.machine().lower()
+    hint, parameter, argument = _PAUSE[machine]
+    if machine in _X86:
+        store, load_modes = (f"call void @llvm.x86.sse.{name}mxcsr(ptr" for name in ("st", "ld"))
+        post_modes = f"{store} %float_modes_at)"
+        take_modes = f"{store} %own_modes)\n  {load_modes} %float_modes_at)"
+        leave_modes = f"{load_modes} %own_modes)"
+        declare_modes = "\n".join(
+            f"declare void @llvm.x86.sse.{name}mxcsr(ptr)" for name in ("st", "ld")
+        )
+    else:
+        post_modes = take_modes = leave_modes = declare_modes = ""
     arguments = "ptr %constants, ptr %out, ptr %in, ptr %other"
 
     return f"""
@@ -256,6 +271,8 @@ publish:
   %rounded = and i64 %more, {-_BLOCK_STEP}
   %block = call i64 @llvm.umin.i64(i64 %rounded, i64 {_BLOCK_MOST})
 {post("block", "i64", "%block")}
+  {word("float_modes")}
+  {post_modes}
 {board("get_cpu", "ptr")}
   %cpu_known = icmp ne ptr %get_cpu, null
   br i1 %cpu_known, label %tell_cpu, label %prepare
@@ -467,7 +484,7 @@ join:
   br i1 %is_open, label %work, label %leave
 work:
   call void @step_aside(ptr %board)
-  call void @take(ptr %board, i64 %number)
+  call void @take_as_caller(ptr %board, i64 %number)
   br label %leave
 leave:
   %after = atomicrmw sub ptr %active_at, i64 1 seq_cst
@@ -563,6 +580,16 @@ done:
   ret void
 }}
 
+define internal void @take_as_caller(ptr %board, i64 %number) nounwind {{
+entry:
+  {word("float_modes")}
+  %own_modes = alloca i32
+  {take_modes}
+  call void @take(ptr %board, i64 %number)
+  {leave_modes}
+  ret void
+}}
+
 define internal void @take(ptr %board, i64 %number) nounwind {{
 entry:
 {board("kernel", "ptr")}
@@ -611,5 +638,6 @@ done:
 }}
 
 declare void @{hint}({parameter})
+{declare_modes}
 declare i64 @llvm.umin.i64(i64, i64)
 """
