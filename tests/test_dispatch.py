@@ -116,12 +116,217 @@ def test_a_third_party_adds_its_own(entry_point):
     assert entry_point.count("forward") == 1
 
 
+def test_a_third_partys_backend_is_named_without_importing_it(monkeypatch):
+    asked = []
+
+    def entry_points(*, group, name):
+        asked.append((group, name))
+        points = {"foreign": [types.SimpleNamespace(value="foreign.relu")]}
+        return points.get(name, [])
+
+    monkeypatch.setattr(dispatch.importlib.metadata, "entry_points", entry_points)
+    assert dispatch.serving("foreign") == "foreign.relu"
+    assert dispatch.serving("unknown") == "relu_xp.backends.generic"
+    for name in ("cupy", "torch", "jax", "dask"):
+        assert dispatch.serving(name) == f"relu_xp.backends.{name}"
+    assert asked == [("relu_xp.backends", "foreign"), ("relu_xp.backends", "unknown")], "ours first"
+
+
+@pytest.mark.parametrize(
+    ("found", "variable", "name"),
+    [
+        (True, None, "llvm"),
+        (True, "1", "llvm"),
+        (True, "", "llvm"),
+        (True, "0", "numpy"),
+        (False, None, "numpy"),
+    ],
+)
+def test_kernels_serve_numpy_where_they_can_be_had(monkeypatch, found, variable, name):
+    made, looked_for = [], []
+    loader = types.SimpleNamespace(make_all=lambda: made.append(True))
+    modules = {"relu_xp.backends.llvm.loader": types.SimpleNamespace(loader=loader)}
+    monkeypatch.setattr(dispatch.importlib, "import_module", modules.__getitem__)
+
+    class Finder:
+        @staticmethod
+        def find_spec(name):
+            looked_for.append(name)
+            return found or None
+
+    monkeypatch.setattr(dispatch, "PathFinder", Finder)
+    if variable is None:
+        monkeypatch.delenv("RELU_XP_JIT", raising=False)
+    else:
+        monkeypatch.setenv("RELU_XP_JIT", variable)
+    assert dispatch.serving("numpy") == f"relu_xp.backends.{name}"
+    assert dispatch.serving("torch") == "relu_xp.backends.torch"
+    assert set(looked_for) == (set() if variable == "0" else {"llvmlite"})
+    relu_xp.warmup()
+    assert made == [True] * (name == "llvm")
+
+
+class TestNamespace:
+    """A library by its name, or why it cannot be had."""
+
+    @staticmethod
+    def library(monkeypatch, name="broken", **attributes):
+        module = types.ModuleType(name)
+        vars(module).update(attributes)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    @staticmethod
+    def reason(name):
+        with pytest.raises(dispatch.LibraryError) as refused:
+            dispatch.namespace(name)
+        assert type(refused.value) is dispatch.LibraryError
+        assert str(refused.value).startswith(f"backend {name!r} is {refused.value.reason}")
+        assert dispatch.availability(name) == refused.value.reason
+        advice = str(refused.value).removeprefix(f"backend {name!r} is {refused.value.reason}")
+        return refused.value.reason, advice
+
+    def test_it_is_the_compatible_one_where_there_is_one(self, require):
+        assert dispatch.namespace("numpy").__name__ == "array_api_compat.numpy"
+        assert dispatch.availability("numpy") is None
+        for name, wanted in (
+            ("array_api_strict", "array_api_strict"),
+            ("torch", "array_api_compat.torch"),
+            ("jax", "jax.numpy"),
+            ("dask", "array_api_compat.dask.array"),
+        ):
+            require(name)
+            assert dispatch.namespace(name).__name__ == wanted
+
+    @pytest.mark.parametrize("name", ["no_such", "no such", "", "a.b", "../numpy"])
+    def test_what_is_not_installed(self, monkeypatch, name):
+        class Finder:
+            @staticmethod
+            def find_spec(name):
+                return name in ("numpy", "jax") or None
+
+        monkeypatch.setattr(dispatch, "PathFinder", Finder)
+        assert self.reason(name) == ("not installed", "; there is numpy, jax")
+
+    def test_what_is_absent_is_not_advised(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "jax", None)
+        monkeypatch.setitem(sys.modules, "jax.numpy", None)
+        reason, advice = self.reason("jax")
+        assert reason == "not installed"
+        assert advice.startswith("; there is numpy")
+        assert "jax" not in advice
+
+    @pytest.mark.parametrize("attributes", [{}, {"asarray": lambda x: x}], ids=["none", "lists"])
+    def test_what_is_no_array_library(self, monkeypatch, attributes):
+        self.library(monkeypatch, **attributes)
+        assert self.reason("broken") == ("not an array API library", "")
+
+    @pytest.mark.parametrize(
+        ("error", "reason"),
+        [
+            (RuntimeError("no driver"), "no driver"),
+            (RuntimeError("\n====\n  no driver: install one\n\nread the manual"), "no driver: in"),
+            (RuntimeError(), "RuntimeError"),
+            (RuntimeError("\n---\n"), "RuntimeError"),
+            (ModuleNotFoundError("No module named 'dep'", name="dep"), "No module named 'dep'"),
+        ],
+        ids=["line", "page", "nothing", "rule", "dependency"],
+    )
+    def test_what_does_not_work(self, monkeypatch, error, reason):
+        def asarray(x):
+            assert x == [0.0]
+            raise error
+
+        self.library(monkeypatch, asarray=asarray)
+        found, advice = self.reason("broken")
+        assert found.startswith(f"not available: {reason}")
+        assert "\n" not in found
+        assert advice == ""
+
+    def test_the_first_cause_is_told(self, monkeypatch):
+        def asarray(x):
+            try:
+                try:
+                    raise OSError("libcuda.so.1 is missing")
+                except OSError as error:
+                    raise ImportError("see the manual") from error
+            except ImportError as error:
+                raise RuntimeError("see the other manual") from error
+
+        self.library(monkeypatch, asarray=asarray)
+        assert self.reason("broken") == ("not available: libcuda.so.1 is missing", "")
+        with pytest.raises(dispatch.LibraryError) as refused:
+            dispatch.namespace("broken")
+        assert isinstance(refused.value.__cause__, RuntimeError)
+
+
+def test_how_an_array_is_moved():
+    move = dispatch.how_to_move
+    for source, target, wanted in (
+        (("cupy", 0), ("cupy", 1), "move it to device 1 first"),
+        (("cupy", 0), ("numpy", None), "move it first, for example cupy.asnumpy(dy)"),
+        (("numpy", None), ("cupy", 0), "move it first, for example cupy.asarray(dy)"),
+        (("torch", "cpu"), ("numpy", None), "move it first, for example numpy.asarray(dy)"),
+        (("numpy", None), ("jax", None), "move it first, for example jax.numpy.asarray(dy)"),
+        (("numpy", None), ("dask", None), "move it first, for example dask.array.asarray(dy)"),
+        (("cupy", 0), ("other", 0), "move it first, for example other.asarray(dy)"),
+    ):
+        assert move("dy", source, target) == wanted
+
+
+def test_a_place_in_words():
+    for place, wanted in (
+        (("numpy", None), "NumPy"),
+        (("cupy", 0), "CuPy on device 0"),
+        (("torch", "cpu"), "PyTorch on device cpu"),
+        (("jax", None), "JAX"),
+        (("dask", None), "Dask"),
+        (("other", "x"), "other on device x"),
+    ):
+        assert dispatch.describe(place) == wanted
+
+
 def test_an_unknown_library_is_generic():
     class Unknown(Foreign):
         pass
 
     assert dispatch.backend_for("f", "x", Unknown(np.ones(1))) is generic
     assert dispatch.BACKENDS.pop(Unknown) is generic
+
+
+def test_a_place_is_a_library_and_a_device(require):
+    """The generic backend tells it of any: by the name of the library itself, not of a wrapper."""
+    strict, torch, jax = (require(name) for name in ("array_api_strict", "torch", "jax"))
+    there = strict.Device("device1")
+    for x, place in (
+        (strict.ones(1), ("array_api_strict", strict.Device("CPU_DEVICE"))),
+        (strict.ones(1, device=there), ("array_api_strict", there)),
+        (torch.ones(1), ("torch", torch.device("cpu"))),
+        (jax.numpy.ones(1), ("jax", None)),
+    ):
+        assert generic.place(x) == place
+
+    class Placed(Foreign):
+        device = "elsewhere"
+
+    assert generic.place(Placed(np.ones(1))) == ("foreign_arrays", "elsewhere")
+
+
+def test_results_stay_on_the_device_of_x(require):
+    strict = require("array_api_strict")
+    here, there = (strict.Device(name) for name in ("CPU_DEVICE", "device1"))
+    x, elsewhere = (strict.asarray([-1.0, 2.0], device=device) for device in (there, here))
+    y, pullback = relu_xp.relu_vjp(x)
+    results = [y, pullback(x), relu_xp.relu_grad(x), relu_xp.crelu(x, axis=0)]
+    results.append(relu_xp.rrelu(x, rng=np.random.default_rng(0)))
+    assert {result.device for result in results} == {there}
+    for call, seen in (
+        (lambda: pullback(elsewhere), "pullback: forward saw"),
+        (lambda: relu_xp.relu_backward(elsewhere, x), "relu_backward: x is"),
+        (lambda: relu_xp.relu(x, out=elsewhere), "relu: x is"),
+    ):
+        with pytest.raises(ValueError, match=f"^{seen} ") as refused:
+            call()
+        assert str(refused.value).endswith(f"; move it to device {there} first")
 
 
 @pytest.mark.parametrize("namespace", [None, 3, RuntimeError("no"), AttributeError("no")])

@@ -153,3 +153,160 @@ def test_byte_swapped_arrays_are_refused():
     x = np.ones(3, np.dtype(np.float32).newbyteorder())
     with pytest.raises(TypeError, match=r"relu: x: byte-swapped dtype .* x\.astype\('float32'\)"):
         relu_xp.relu(x)
+
+
+# ---- Blocks, parts and threads ------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Return a function that makes blocks small, and says from how many elements threads work."""
+    calls = []
+
+    def cut(block, threaded):
+        monkeypatch.setattr(backend, "_BLOCK", block)
+        monkeypatch.setattr(backend, "_THREADED", threaded)
+        return calls
+
+    run = backend.threads.run
+
+    def counting(function, parts):
+        parts = list(parts)
+        calls.append(len(parts))
+        run(function, parts)
+
+    monkeypatch.setattr(backend.threads, "run", counting)
+    return cut
+
+
+def blocks_of(fortran, *arrays):
+    """Return what `_each_block` calls a function with, in order."""
+    parts = []
+    backend._each_block(lambda *part: parts.append(part), fortran, *arrays)
+    return sorted(parts, key=lambda part: part[0].start if part[0] else 0)
+
+
+@pytest.mark.parametrize("threaded", [1 << 60, 41, 40, 0])
+@pytest.mark.parametrize("size", [17, 24, 40])
+def test_a_block_is_a_slice_of_every_array(cut, size, threaded):
+    calls = cut(16, threaded)
+    x, y = np.arange(size), np.arange(size) + 0.5
+    one = np.broadcast_to(np.float32(7), (size,))
+    parts = blocks_of(False, x, y, one)
+    slices = [slice(start, min(start + 16, size)) for start in range(0, size, 16)]
+    assert [part[0] for part in parts] == slices
+    for part, xs, ys, ones in parts:
+        assert xs.tolist() == list(range(part.start, part.stop))
+        assert np.shares_memory(xs, x)
+        assert np.array_equal(ys, xs + 0.5)
+        assert ones.tolist() == [7] * xs.size
+    assert calls == [len(slices)] * (size >= threaded)
+
+
+def test_blocks_are_of_the_order_that_the_arrays_have(cut):
+    cut(16, 1 << 60)
+    x = np.arange(42.0).reshape(6, 7)
+    one = np.broadcast_to(np.float64(7), x.shape)
+    for fortran, array in ((False, x), (True, np.asfortranarray(x))):
+        parts = blocks_of(fortran, array, one)
+        assert len(parts) == 3
+        flat = np.concatenate([xs for _, xs, _ in parts])
+        np.testing.assert_array_equal(flat, x.ravel("F" if fortran else "C"))
+        # What has another order goes whole, and all that goes with it.
+        other = np.array(x, order="C" if fortran else "F")
+        for arrays in ((array, x[:, ::-1]), (x[:, ::-1], array), (array, other)):
+            ((part, *whole),) = blocks_of(fortran, *arrays)
+            assert part is None
+            assert all(a is b for a, b in zip(whole, arrays, strict=True))
+    ((part, same),) = blocks_of(False, x[:2, :8])
+    assert part is None
+    assert same.shape == (2, 7)
+
+
+def test_what_is_small_goes_whole(cut):
+    cut(16, 1 << 60)
+    for shape in ((16,), (4, 4), (0,), (1,)):
+        x, y = np.zeros(shape), np.zeros(shape)
+        ((part, *arrays),) = blocks_of(False, x, y)
+        assert part is None
+        assert arrays[0] is x
+        assert arrays[1] is y
+    x = np.zeros(())
+    ((part, array),) = blocks_of(False, x)
+    assert part is None
+    assert array.shape == (1,)
+    assert np.shares_memory(array, x)
+
+
+@pytest.mark.parametrize("threaded", [1 << 60, 61, 60, 0])
+def test_a_part_is_some_rows_of_every_array(cut, threaded):
+    calls = cut(16, threaded)
+    x = np.arange(60).reshape(10, 6)
+    row, column = x[:1], x[:, :1]
+    parts = []
+    backend._each_part(lambda *arrays: parts.append(arrays), x, row, column)
+    parts.sort(key=lambda part: part[0][0, 0])
+    assert [len(xs) for xs, _, _ in parts] == [2] * 5, "as many rows as a block takes, not more"
+    np.testing.assert_array_equal(np.concatenate([xs for xs, _, _ in parts]), x)
+    np.testing.assert_array_equal(np.concatenate([columns for *_, columns in parts]), column)
+    assert all(rows.shape == (1, 6) for _, rows, _ in parts)
+    assert calls == [5] * (threaded <= 60)
+
+
+def test_parts_of_every_shape(cut):
+    cut(16, 1 << 60)
+    for shape, lengths in (
+        ((), [1]),
+        ((3, 40), [1, 1, 1]),  # a row is longer than a block
+        ((16,), [16]),
+        ((17,), [16, 1]),
+        ((0, 5), []),
+        ((4, 0), [4]),
+        ((1, 5), [1]),
+    ):
+        x = np.zeros(shape)
+        parts = backend._parts(x, x)
+        assert [len(xs) for xs, _ in parts] == lengths, shape
+        assert all(xs.ndim for xs, _ in parts)
+
+
+@pytest.mark.parametrize("threaded", [1 << 60, 0])
+@pytest.mark.parametrize("block", [8, 64])
+def test_however_an_array_is_cut_the_result_is_the_same(cut, block, threaded):
+    rng = np.random.default_rng(11)
+    base, gradient = rng.standard_normal((2, 26, 14)).astype(np.float32) * 2
+    views = (
+        lambda a: a,
+        np.asfortranarray,
+        lambda a: a[::2, ::-1],
+        lambda a: a.ravel()[: 5 * block],
+        lambda a: np.broadcast_to(a[:1, :1], a.shape),
+        lambda a: np.broadcast_to(a[:, :1], a.shape),
+        lambda a: a.reshape(13, 2, 14).transpose(2, 0, 1),
+    )
+
+    def everything(x, dy):
+        found = []
+        for member in ("relu", "leaky", "relu6", "clipped-leaky", "everything"):
+            found += results(x, dy, oracle.MEMBERS[member]).values()
+        weight = np.linspace(0, 1, x.shape[0], dtype=np.float32)
+        for slopes in (weight, weight[1:2]):
+            y, pullback = relu_xp.prelu_vjp(x, slopes, axis=0)
+            found += [y, *pullback(dy)]
+        y, pullback = relu_xp.rrelu_vjp(x, rng=np.random.default_rng(1))
+        found += [y, pullback(dy)]
+        y, pullback = relu_xp.crelu_vjp(x, axis=0)
+        found += [y, pullback(np.concatenate([dy, dy[::-1]]))]
+        y, pullback = relu_xp.squared_relu_vjp(x)
+        return [*found, y, pullback(dy)]
+
+    for view in views:
+        for its_gradient in (view(gradient), view(gradient).copy(), view(base)):
+            x = view(base)
+            wanted = everything(x, its_gradient)
+            cut(block, threaded)
+            got = everything(x, its_gradient)
+            for one, other in zip(got, wanted, strict=True):
+                assert one.dtype == other.dtype
+                np.testing.assert_allclose(one, other, rtol=1e-6 if one.ndim == 1 else 0)
+            cut(1 << 16, 1 << 20)

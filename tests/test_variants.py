@@ -123,6 +123,33 @@ def test_of_two_nan_numpys_product_takes_the_same_one():
     assert dweight.view(np.uint32).tolist() == [0x7FC00000]
 
 
+def test_prelus_weight_gradient_counts_what_takes_the_slope(xp, dtype):
+    """A zero among them, so that an infinite dy shows; NaN and infinity above 0 do not reach it."""
+    inf, nan = math.inf, math.nan
+    for x, dy, expected in (
+        ([-2.0, 3.0], [0.5, 7.0], -1.0),
+        ([-2.0, inf, 0.5, nan], [0.5, nan, inf, 1.0], -1.0),
+        ([-2.0, 0.0], [0.5, inf], nan),
+        ([-2.0, -0.0], [0.5, nan], nan),
+        ([-inf, 1.0], [0.5, 1.0], -inf),
+    ):
+        x, dy = (xp.array(np.array(values, oracle.DTYPES[dtype])) for values in (x, dy))
+        for slope in (0.25, 0.0):
+            _, pullback = relu_xp.prelu_vjp(x, weight_of(xp, slope, dtype), axis=0)
+            dweight = pullback(dy)[1]
+            assert xp.numpy(dweight).dtype == oracle.DTYPES[dtype]
+            np.testing.assert_array_equal(floats(xp, dweight), [expected])
+
+
+def test_prelus_weight_gradient_where_there_is_no_float64(require):
+    jax = require("jax")
+    with jax.enable_x64(False):
+        x = jax.numpy.asarray([-3.0, 2.0, -0.5])
+        dx, dweight = relu_xp.prelu_vjp(x, jax.numpy.asarray([0.5]), axis=0)[1](x)
+    assert (dx.dtype, dweight.dtype) == ("float32", "float32")
+    assert (dx.tolist(), dweight.tolist()) == ([-1.5, 2, -0.25], [9.25])
+
+
 def test_prelu_of_any_shape(xp):
     for shape in ((), (1,), (0,), (3, 0, 2), (2, 3)):
         x = xp.array(np.full(shape, -2.0, np.float32))
@@ -247,6 +274,16 @@ def test_rrelu_takes_a_function_of_a_shape(require):
     y = relu_xp.rrelu(x, 1.0, 2.0, rng=rng)
     np.testing.assert_array_equal(y, -(rng((3, 4)) + 1))
     np.testing.assert_array_equal(jax.jit(lambda x: relu_xp.rrelu(x, 1.0, 2.0, rng=rng))(x), y)
+
+
+def test_rrelu_takes_numpys_generator_where_jax_traces(require):
+    jax = require("jax")
+    x = jax.numpy.full((3, 4), -1.0, "float32")
+
+    def f(x):
+        return relu_xp.rrelu(x, rng=np.random.default_rng(5))
+
+    np.testing.assert_array_equal(jax.jit(f)(x), f(x))
 
 
 def test_rrelu_refuses():
@@ -690,6 +727,16 @@ class TestTracing:
         np.testing.assert_array_equal(y, wanted)
         np.testing.assert_array_equal(dx, wanted_dx)
         np.testing.assert_allclose(dweight, wanted_dweight, rtol=1e-6)
+
+    def test_a_slope_of_0_learns_nothing_from_minus_infinity(self, require):
+        """Where x is not finite, automatic differentiation sees +0 in its place."""
+        torch = require("torch")
+        x, weight = torch.tensor([-math.inf, -2.0]), torch.tensor([0.0], requires_grad=True)
+        y = relu_xp.prelu(x, weight, axis=0)
+        assert y.tolist() == [0, 0]
+        assert not torch.signbit(y).any()
+        y.sum().backward()
+        assert weight.grad.tolist() == [-2]
 
     @pytest.mark.filterwarnings("ignore")  # of PyTorch's own compiler
     def test_torch_compile(self, require):

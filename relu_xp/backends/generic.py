@@ -94,7 +94,7 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
     """
     xp = _namespace(slopes)
     if values is None:
-        values = xp.ones_like(slopes if x is None else x, dtype=slopes.dtype)
+        values = xp.ones_like(slopes)
     slopes = xp.astype(slopes, values.dtype, copy=False)
     low = values if x is None else xp.where(x <= 0, values, 0.0)
     nothing = slopes == 0
@@ -108,12 +108,11 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
 def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
     """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
     xp = _namespace(x)
-    floating = xp.__array_namespace_info__().dtypes(kind="real floating")
-    wide = floating.get("float64", xp.float32)
+    wide = xp.__array_namespace_info__().dtypes().get("float64", xp.float32)
     terms = xp.astype(xp.where(x <= 0, x, 0.0), wide) * xp.astype(xp.where(x <= 0, dy, 0.0), wide)
     axes = tuple(axis for axis, length in enumerate(slopes.shape) if length == 1)
     if axes:
-        terms = xp.sum(terms, axis=axes, keepdims=True, dtype=wide)
+        terms = xp.sum(terms, axis=axes, keepdims=True)
     return _store(xp.astype(terms, slopes.dtype), out)
 
 
@@ -157,11 +156,9 @@ def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
 def uniform(rng: Any, lower: float, upper: float, x: Any) -> Any:
     """Return random numbers. See `relu_xp.backends.Backend`."""
     numbers = drawn(rng, lower, upper, tuple(x.shape), dtype_name(x.dtype))
-    if type(numbers) is type(x) or not isinstance(numbers, np.ndarray):
+    if not isinstance(numbers, np.ndarray):
         return numbers
-    device = place(x)[1]
-    xp = _namespace(x)
-    return xp.asarray(numbers) if device is None else xp.asarray(numbers, device=device)
+    return _namespace(x).asarray(numbers, device=place(x)[1])
 
 
 def copy(x: Any) -> Any:
@@ -224,7 +221,7 @@ def _high(numbers: Rounded, x: Any) -> Any:
 
 def _low(numbers: Rounded, x: Any) -> Any:
     if numbers.zero_below:
-        return 0.0 if numbers.floating else 0
+        return 0
     return x * numbers.negative_slope
 
 

@@ -608,9 +608,8 @@ def _forward_block(k: _Constants, x: _Array, y: _Array) -> _Array:
 def _backward_block(k: _Constants, dy: _Array, pieces: _Array, dx: _Array) -> None:
     """Write f'(x) * dy to dx, which may be dy or x."""
     bits, result = dy.view(k.unsigned), dx.view(k.unsigned)
-    keep = np.equal(pieces, 1) if k.three_pieces else pieces
-    _select(keep, _high(k, bits), _low(k, bits), result)
-    if k.three_pieces:
+    _select(pieces, _high(k, bits), _low(k, bits), result)
+    if k.three_pieces:  # what a 2 has selected is of no account
         np.multiply(result, np.not_equal(pieces, 2), result)
 
 

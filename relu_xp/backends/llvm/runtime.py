@@ -43,7 +43,7 @@ BOARD = {
     "get_cpu": 22,  # addresses of functions of Linux, 0 elsewhere
     "get_affinity": 23,
     "set_affinity": 24,
-    "float_modes": 27,  # the caller's: how its processor rounds, and whether it keeps subnormals
+    "float_modes": 29,  # the caller's: how its processor rounds, and whether it keeps subnormals
     "busy": 32,  # 1 while a caller owns the board
     "published": 40,  # jobs so far
     "open": 48,  # 1 while helpers may begin
