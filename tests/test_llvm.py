@@ -1239,3 +1239,13 @@ def test_code_that_others_may_have_written_is_not_run(tmp_path):
 def test_a_relative_cache_folder_is_ignored(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
     assert engine.cache_folder().is_absolute()
+
+
+def test_no_two_words_of_the_board_share_a_place_nor_two_that_are_written_a_line():
+    assert len(set(runtime.BOARD.values())) == len(runtime.BOARD)
+    written = ("busy", "published", "open", "active", "stop", "taken", "asleep")
+    lines = [runtime.BOARD[name] // 8 for name in written]
+    assert len(set(lines)) == len(lines)
+    read = set(runtime.BOARD) - {*written, "bell"}
+    assert not set(lines) & {runtime.BOARD[name] // 8 for name in read}
+    assert max(runtime.BOARD.values()) - runtime.BOARD["taken"] < runtime.THREAD_BYTES // 8

@@ -12,47 +12,56 @@ __all__ = ["BOARD", "FIELDS", "FLAGS", "KEEP_ORDER", "MACHINES", "RECORD", "THRE
 
 _LINE = 64  # bytes
 
+_WORDS = _LINE // 8  # of a line
+
+# Words that are read, and those that only a caller writes before it opens a job.
+_READ = (
+    "save_thread",  # addresses of functions of Python's and NumPy's C API, and the system's
+    "restore_thread",
+    "as_ssize_t",
+    "incref",
+    "acquire_lock",
+    "release_lock",
+    "new_like",
+    "give_way",
+    "get_cpu",  # of Linux, 0 elsewhere
+    "get_affinity",
+    "set_affinity",
+    "none",  # addresses of objects: None, True, False ...
+    "true",
+    "false",
+    "array",  # ... and classes: numpy.ndarray, numpy.memmap
+    "memmap",
+    "release_bytes",  # of `out`, from which on the GIL is released ...
+    "threaded_bytes",  # ... several threads are used ...
+    "stream_bytes",  # ... and stores go past the caches
+    "patience",  # looks at `published` before a helper goes to sleep
+    "threads",
+    "kernel",  # the job: the arguments of its kernel, and the elements of a block
+    "constants",
+    "out",
+    "in",
+    "other",
+    "size",
+    "block",
+    "cpu",  # the caller's
+    "float_modes",  # the caller's: how its processor rounds, and whether it keeps subnormals
+)
+# Words that several threads write, each on a line of its own.
+_WRITTEN = (
+    "busy",  # 1 while a caller owns the board
+    "published",  # jobs so far
+    "open",  # 1 while helpers may begin
+    "active",  # helpers within `take`
+    "stop",
+    "taken",  # and on, for every thread: blocks taken of its share ...
+    "asleep",  # ... and, a helper's, whether it sleeps, and the lock that it then waits for
+)
+
 # Where on the board which word lies.
-BOARD = {
-    "save_thread": 0,  # addresses of functions of Python's and NumPy's C API, and the system's
-    "restore_thread": 1,
-    "as_ssize_t": 2,
-    "incref": 3,
-    "acquire_lock": 4,
-    "release_lock": 5,
-    "new_like": 6,
-    "give_way": 7,
-    "none": 8,  # and of objects: None, True, False
-    "true": 25,
-    "false": 26,
-    "array": 27,  # and classes: numpy.ndarray, numpy.memmap
-    "memmap": 28,
-    "release_bytes": 9,  # of `out`, from which on the GIL is released ...
-    "threaded_bytes": 10,  # ... several threads are used ...
-    "stream_bytes": 11,  # ... and stores go past the caches
-    "patience": 12,  # looks at `published` before a helper goes to sleep
-    "threads": 13,
-    "kernel": 14,  # the job: the arguments of its kernel, and the elements of a block
-    "constants": 15,
-    "out": 16,
-    "in": 17,
-    "other": 18,
-    "size": 19,
-    "block": 20,
-    "cpu": 21,  # the caller's
-    "get_cpu": 22,  # addresses of functions of Linux, 0 elsewhere
-    "get_affinity": 23,
-    "set_affinity": 24,
-    "float_modes": 29,  # the caller's: how its processor rounds, and whether it keeps subnormals
-    "busy": 32,  # 1 while a caller owns the board
-    "published": 40,  # jobs so far
-    "open": 48,  # 1 while helpers may begin
-    "active": 56,  # helpers within `take`
-    "stop": 64,
-    "taken": 72,  # and on, for every thread: blocks taken of its share ...
-    "asleep": 80,  # ... and, a helper's, whether it sleeps, and the lock that it then waits for
-    "bell": 81,
-}
+BOARD = {name: place for place, name in enumerate(_READ)}
+BOARD |= {name: _WORDS * line for line, name in enumerate(_WRITTEN, -(-len(_READ) // _WORDS))}
+BOARD["bell"] = BOARD["asleep"] + 1
 THREAD_BYTES = 2 * _LINE  # from one thread's words to the next one's
 
 _BLOCK_STEP = 4096  # elements; a block is a multiple, so that the mask begins at a byte
