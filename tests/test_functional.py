@@ -186,6 +186,25 @@ def test_impossible_numbers_are_refused():
             relu_xp.relu(x, **numbers)
 
 
+@pytest.mark.parametrize("negative_slope", [0.0, 1.0, 2.0, -1.0])
+@pytest.mark.parametrize("positive_slope", [1.0, 2.0, -1.0])
+def test_slopes_that_are_special_as_the_other_one(xp, negative_slope, positive_slope):
+    """0 and 1 choose how a backend computes: each only for the slope that it speaks of."""
+    host = np.array([-3.0, -0.5, 0.25, 4.0] * 5, np.float32)
+    slope = np.where(host <= 0, np.float32(negative_slope), np.float32(positive_slope))
+    numbers = {"negative_slope": negative_slope, "positive_slope": positive_slope}
+    x, dy = xp.array(host), xp.array(host[::-1].copy())
+    y, pullback = relu_xp.relu_vjp(x, **numbers)
+    for found, expected in (
+        (y, host * slope),
+        (relu_xp.relu(x, **numbers), host * slope),
+        (relu_xp.relu_grad(x, **numbers), slope),
+        (pullback(dy), host[::-1] * slope),
+        (relu_xp.relu_backward(dy, x, **numbers), host[::-1] * slope),
+    ):
+        np.testing.assert_array_equal(xp.numpy(found), expected)
+
+
 def test_numbers_are_rounded_to_the_dtype_first():
     """N1: float16 with a slope of 1e-8 at -inf is NaN or 0, depending on the order."""
     x = np.array([-np.inf, -1], np.float16)

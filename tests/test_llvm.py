@@ -1178,7 +1178,11 @@ class TestFits:
         memory = np.zeros(64, np.float32)
         locked = np.zeros(6, np.float32)
         locked.flags.writeable = False
+        owner = np.zeros(6, np.float32)
         return [
+            owner,
+            owner[:],
+            owner[::-1],
             *(memory[start : start + 6] for start in (0, 1, 5, 6, 7, 12)),
             memory[0:12:2],
             memory[5::-1],

@@ -109,10 +109,27 @@ def test_numpy_is_asked_whether_its_floats_are_exact(monkeypatch):
     def flushes(x, zero):
         return np.where(np.abs(x) < np.finfo(np.float32).tiny, zero, exact(x, zero))
 
+    def forgets_payloads(x, zero):
+        quiet = np.isnan(x) & ((x.view(np.uint32) & 1 << 22) != 0)
+        return np.where(quiet, np.copysign(np.float32(np.nan), x), exact(x, zero))
+
     def warns(x, zero):
         return exact(np.sqrt(x - x), zero)
 
-    for impostor in (keeps_negative_zero, quiets_signalling_nan, swallows_nan, flushes, warns):
+    def only_where(condition):
+        def impostor(x, zero):
+            return keeps_negative_zero(x, zero) if condition(x) else exact(x, zero)
+
+        return impostor
+
+    layouts = (
+        only_where(lambda x: x.size > 100 and x.strides == (4,)),
+        only_where(lambda x: x.size < 10 and x.strides == (4,)),
+        only_where(lambda x: x.strides[0] < 0),
+        only_where(lambda x: x.strides[0] > 4),
+    )
+    impostors = keeps_negative_zero, quiets_signalling_nan, swallows_nan, forgets_payloads
+    for impostor in (*impostors, flushes, warns, *layouts):
         with monkeypatch.context() as patch:
             patch.setattr(np, "maximum", impostor)
             assert not backend._floats_are_exact(float32), impostor.__name__
@@ -310,3 +327,29 @@ def test_however_an_array_is_cut_the_result_is_the_same(cut, block, threaded):
                 assert one.dtype == other.dtype
                 np.testing.assert_allclose(one, other, rtol=1e-6 if one.ndim == 1 else 0)
             cut(1 << 16, 1 << 20)
+
+
+def test_arrays_in_fortran_order_are_cut_too(cut):
+    x = np.asfortranarray(np.linspace(-1, 1, 60, dtype=np.float32).reshape(6, 10))
+    calls = cut(16, 0)
+    _, pullback = relu_xp.relu_vjp(x, negative_slope=0.5)
+    relu_xp.relu(x)
+    relu_xp.relu(x, negative_slope=0.5)
+    relu_xp.relu_backward(x, x)
+    pullback(x)
+    assert calls == [4] * 5
+
+
+def test_a_sum_of_infinities_is_silent(cut):
+    """In whatever parts they lie."""
+    cut(4, 1 << 60)
+    weight = np.full(1, 0.5, np.float32)
+    for dy in ([3e38, -np.inf], [np.inf, -np.inf], [3e38, 3e38], [np.nan, 1]):
+        dy = np.repeat(np.array(dy, np.float32), 4)
+        x = np.full(8, -3e38, np.float32)
+        _, pullback = relu_xp.prelu_vjp(x, weight, axis=0)
+        with np.errstate(all="ignore"):
+            expected = (x.astype(np.float64) * dy).sum().astype(np.float32)
+        with np.errstate(all="raise"):
+            found = pullback(dy)[1]
+        np.testing.assert_array_equal(found, [expected])

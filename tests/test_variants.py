@@ -356,6 +356,17 @@ def test_squared_relu_with_another_dtype(xp):
     np.testing.assert_array_equal(xp.numpy(pullback(xp.array(dy.astype(wide)))), [120_000, 0, 16])
 
 
+def test_squared_relus_gradient_is_multiplied_in_the_wider_dtype():
+    """In float32 one of these would be 0, the other infinite."""
+    for x, dy, expected in (
+        (np.array([1e-60]), np.array([1e30], np.float32), np.float32(2e-30)),
+        (np.array([1e-30], np.float32), np.array([1e60]), 2 * float(np.float32(1e-30)) * 1e60),
+    ):
+        _, pullback = relu_xp.squared_relu_vjp(x)
+        np.testing.assert_allclose(pullback(dy), [expected], rtol=1e-6)
+        assert pullback(dy).dtype == dy.dtype
+
+
 # ---- All of them --------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -396,6 +407,40 @@ def test_integers_have_no_variant(function):
             getattr(relu_xp, name)(x, *more)
         with pytest.raises(TypeError, match=f"^{name}: x must be an array, got list"):
             getattr(relu_xp, name)([[1.0]], *more)
+
+
+def test_the_slopes_of_a_backend(xp, dtype):
+    """What `Backend.sloped` is asked for, and slopes that are fewer than x, or of another dtype."""
+    wide = xp.dtypes[-1]
+    host = np.array([[-2.0, 3.0, -0.5], [4.0, -1.0, 0.0]], oracle.DTYPES[dtype])
+    row = np.array([[0.0, 1.0, 0.5]], oracle.DTYPES[wide])
+    x, slopes = xp.array(host), xp.array(row)
+    full = xp.array(np.broadcast_to(row, host.shape).copy())
+    dy = xp.array(host[::-1].copy())
+    backend = dispatch.backend_for("test", "x", x)
+    for arguments, expected in (
+        ((x, x, slopes), [[0, 3, -0.25], [4, -1, 0]]),
+        ((dy, x, slopes), [[0, -1, 0], [-2, 3, -0.25]]),
+        ((dy, None, full), [[0, -1, 0], [0, 3, -0.25]]),
+        ((None, x, slopes), [[0, 1, 0.5], [1, 1, 0.5]]),
+        ((None, x, full), [[0, 1, 0.5], [1, 1, 0.5]]),
+    ):
+        found = xp.numpy(backend.sloped(*arguments, None))
+        np.testing.assert_array_equal(found.astype(float), expected)
+        assert found.dtype == oracle.DTYPES[wide if arguments[0] is None else dtype]
+
+
+def test_the_pieces_that_crelu_keeps_are_bytes(xp, dtype):
+    x = xp.array(np.array([-1.0, -0.0, 0.0, 2.0, math.nan], oracle.DTYPES[dtype]))
+    pieces = xp.numpy(dispatch.backend_for("test", "x", x).pieces_of_both(x))
+    assert pieces.dtype == np.uint8
+    assert pieces.tolist() == [2, 0, 0, 1, 3]
+
+
+def test_a_weight_beyond_the_dtype_of_x_is_infinite_silently(xp):
+    weight = weight_of(xp, 1e300, xp.dtypes[-1])
+    x = xp.array(np.array([-2.0, 3.0], np.float32))
+    assert floats(xp, relu_xp.prelu(x, weight, axis=0)).tolist() == [-math.inf, 3]
 
 
 # ---- Layers -------------------------------------------------------------------------------------
