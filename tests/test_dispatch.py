@@ -77,7 +77,7 @@ class Foreign:
         return self.host.shape
 
     def __array_namespace__(self, api_version=None):
-        return types.ModuleType("foreign_arrays.api")
+        return types.ModuleType("foreign_arrays.api.v1")
 
 
 @pytest.fixture
@@ -337,9 +337,31 @@ def test_what_only_pretends_to_be_an_array_is_refused(namespace):
                 raise namespace
             return namespace
 
-    with pytest.raises(TypeError, match="^relu: x must be an array, got Pretender; convert it fir"):
+    message = "^relu: x must be an array, got Pretender; convert it fir"
+    with pytest.raises(TypeError, match=message) as refused:
         relu_xp.relu(Pretender(np.ones(2)))
+    cause = refused.value.__cause__
+    assert cause is namespace if isinstance(namespace, Exception) else cause is not None
     assert Pretender not in dispatch.BACKENDS
+
+
+def test_no_cause_where_the_message_says_it_all():
+    with pytest.raises(TypeError, match="^relu: x must be an array, got list") as refused:
+        relu_xp.relu([1.0])
+    assert refused.value.__cause__ is None
+
+
+def test_a_type_is_looked_up_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "BACKENDS", {})
+    loaded = []
+    load = dispatch._load
+    monkeypatch.setattr(dispatch, "_load", lambda name: loaded.append(name) or load(name))
+    memmap = np.memmap(tmp_path / "x", np.float32, "w+", shape=3)
+    for _ in range(2):
+        for x in (np.ones(3), memmap):
+            assert dispatch.backend_for("f", "x", x).__name__ == dispatch.serving("numpy")
+    assert loaded == ["numpy", "numpy"]
+    assert set(dispatch.BACKENDS) == {np.ndarray, np.memmap}
 
 
 def test_dtypes_of_two_libraries_do_not_meet(require):

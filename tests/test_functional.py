@@ -47,6 +47,19 @@ def test_presets_are_relu_with_one_number_set():
     )
 
 
+@pytest.mark.parametrize(
+    "name", ["relu", "leaky_relu", "relu6", "clipped_relu", "thresholded_relu"]
+)
+def test_every_number_of_a_preset_may_be_given(name):
+    x = np.linspace(-3, 9, 49)
+    numbers = {"threshold": 0.5, "negative_slope": 0.25, "positive_slope": 2.0, "max_value": 6.0}
+    given = {key: n for key, n in numbers.items() if name != "relu6" or key != "max_value"}
+    wanted = np.where(x <= 0.5, 0.25 * x, np.minimum(2 * x, 6))
+    out = np.empty_like(x)
+    assert getattr(relu_xp, name)(x, **given, out=out) is out
+    np.testing.assert_array_equal(out, wanted)
+
+
 @pytest.mark.parametrize("name", [n for n in relu_xp.__all__ if n.islower() and n != "warmup"])
 def test_arrays_are_positional_only_and_options_keyword_only(name):
     numbers = {"negative_slope", "threshold", "positive_slope", "max_value"}
@@ -332,6 +345,12 @@ def test_numbers_of_any_kind_become_floats(name):
         assert number == value
 
 
+def test_one_number_may_be_two_arguments():
+    x, half = np.array([-1.0, 0.25, 2.0]), 0.5
+    y = relu_xp.relu(x, negative_slope=half, threshold=half)
+    np.testing.assert_array_equal(y, [-0.5, 0.125, 2])
+
+
 def test_an_activation_of_its_own_for_each_compilation(monkeypatch):
     """`torch.compile` could make no use of what is noted in one that is shared."""
     numbers = 0.125, -0.25, 3.0, 4.0
@@ -375,6 +394,19 @@ def test_rounded_numbers_are_the_dtypes(dtype):
 
 def number_of(form, bits):
     return float(np.array(bits, form.unsigned).view(form.dtype))
+
+
+@pytest.mark.parametrize(
+    ("width", "precision", "code", "max_exponent"),
+    [(16, 11, "e", 16), (16, 8, "f", 128), (32, 24, "f", 128), (64, 53, "d", 1024)],
+)
+def test_a_format_is_what_it_is_made_of(width, precision, code, max_exponent):
+    form = activations._Format(width, precision, code)
+    assert (form.width, form.precision, form.code) == (width, precision, code)
+    assert form.max_exponent == max_exponent
+    assert form.bits(form.round(-1.0)) >> (precision - 1) == (1 << (width - precision)) | (
+        max_exponent - 1
+    )
 
 
 @pytest.mark.parametrize("dtype", oracle.DTYPES)

@@ -12,6 +12,7 @@ import pytest
 
 import relu_xp
 from relu_xp import ClippedReLU, LeakyReLU, ReLU, ReLU6, ThresholdedReLU
+from relu_xp.activation import Activation
 
 LAYERS = [
     ReLU(),
@@ -190,6 +191,42 @@ def test_own_numbers_are_positional_others_are_not():
     for cls in (LeakyReLU, ClippedReLU, ThresholdedReLU):
         with pytest.raises(TypeError, match="positional"):
             cls(0.1, 0.2)
+
+
+def test_the_numbers_of_a_layer_made_without_any():
+    numbers = {
+        ReLU: (0, 0, 1, None),
+        LeakyReLU: (0, 0.01, 1, None),
+        ReLU6: (0, 0, 1, 6),
+        ClippedReLU: (0, 0, 1, 20),
+        ThresholdedReLU: (1, 0, 1, None),
+    }
+    for cls, wanted in numbers.items():
+        assert cls().activation == Activation(*wanted)
+        assert not cls().inplace
+
+
+@pytest.mark.parametrize("cls", [ReLU, LeakyReLU, ReLU6, ClippedReLU, ThresholdedReLU])
+def test_every_number_of_a_layer_may_be_given(cls):
+    numbers = {"threshold": 0.5, "negative_slope": 0.25, "positive_slope": 2.0, "max_value": 6.0}
+    given = {name: n for name, n in numbers.items() if cls is not ReLU6 or name != "max_value"}
+    layer = cls(**given, inplace=True)
+    assert layer.activation == Activation(**numbers)
+    assert layer.inplace
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_out_and_its_refusals_whether_training_or_not(training):
+    layer, x, out = ReLU(negative_slope=0.5), np.array([-1.0, 2.0]), np.empty(2)
+    assert layer.forward(x, out=out, training=training) is out
+    assert out.tolist() == [-0.5, 2]
+    with pytest.raises(TypeError, match="^forward: x must be an array"):
+        layer.forward([1.0], training=training)
+    for inplace in (ReLU(inplace=True), relu_xp.SquaredReLU(inplace=True)):
+        with pytest.raises(ValueError, match="^forward: out was given, but a layer with inplace"):
+            inplace.forward(x, out=out, training=training)
+        mine = x.copy()
+        assert inplace.forward(mine, out=mine, training=training) is mine
 
 
 def test_calling_a_layer_is_its_forward():

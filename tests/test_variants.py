@@ -600,6 +600,28 @@ def test_a_deep_copy_learns_alone_and_a_pickle_needs_no_library(require):
     assert loaded.params[0].dtype == np.float64
 
 
+def test_a_deep_copy_of_several_things_keeps_what_they_share():
+    layer, shared = PReLU(), [1]
+    layer.note = shared
+    again, note = copy.deepcopy((layer, shared))
+    assert again.note is note
+    assert note is not shared
+
+
+def test_what_a_layer_is_made_of_by_default():
+    assert RReLU().bounds == (1 / 8, 1 / 3)
+    rng = np.random.default_rng(0)
+    assert RReLU(rng=rng).rng is rng
+    layer = PReLU()
+    assert repr(layer) == "PReLU(1, init=0.25, axis=1)"
+    assert layer.params[0].dtype == layer.grads[0].dtype == np.float32
+    assert layer.grads[0].tolist() == [0]
+    assert repr(CReLU()) == "CReLU(axis=1)"
+    assert repr(RReLU(0.25, 0.5, inplace=True)) == "RReLU(0.25, 0.5, inplace=True)"
+    assert repr(SquaredReLU(inplace=True)) == "SquaredReLU(inplace=True)"
+    assert repr(PReLU(2, inplace=True)) == "PReLU(2, init=0.25, axis=1, inplace=True)"
+
+
 def test_layers_refuse():
     for bad in (0, -1):
         with pytest.raises(ValueError, match=f"num_parameters must be at least 1, got {bad}"):
