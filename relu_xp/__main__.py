@@ -441,7 +441,7 @@ def _kernels(library: str) -> str:
         return f"{module} ({loader.describe()})"
     try:
         passes = importlib.import_module(module.partition(":")[0]).PASSES
-    except Exception:  # it has none, or its library is not there
+    except (Exception, SystemExit):  # it has none, or its library is not there
         return module
     return f"{module} (ElementwiseKernels of {len(passes)} passes)"
 

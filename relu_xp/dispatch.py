@@ -149,7 +149,7 @@ def namespace(name: str) -> Any:
             raise LibraryError(name, "not an array API library") from None
     except LibraryError:
         raise
-    except Exception as error:  # a broken installation, or driver, raises anything
+    except (Exception, SystemExit) as error:  # a broken installation, or driver, raises anything
         if isinstance(error, ModuleNotFoundError) and error.name in (name, module):
             here = (n for n in LIBRARIES if n != name and PathFinder.find_spec(n))
             advice = f"; there is {', '.join(here)}"

@@ -8,6 +8,7 @@ import shlex
 import stat
 import subprocess
 import sys
+import textwrap
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -380,6 +381,134 @@ def test_info_survives_a_broken_cupy(tmp_path, source):
     assert "libcudart" not in source or reason.endswith("libcudart is missing")
     assert found["GPU"]["none"] == f"CuPy: {reason}"
     assert found["Backends"]["torch"] == found["Backends"]["jax"] == "not installed"
+
+
+NO_DEVICE = """
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    class runtime:
+        @staticmethod
+        def getDeviceCount():
+            {count}
+
+    class cuda:
+        runtime = runtime
+
+    class ndarray:
+        pass
+
+    def asarray(x):
+        if not runtime.getDeviceCount():
+            raise CUDARuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+"""
+# How CuPy may be broken: its source, and what is said of it.
+BROKEN = {
+    "no driver": (
+        NO_DEVICE.format(count="raise RuntimeError('cudaErrorInsufficientDriver: the driver')"),
+        "cudaErrorInsufficientDriver: the driver",
+    ),
+    "no device": (
+        NO_DEVICE.format(count="return 0"),
+        "cudaErrorNoDevice: no CUDA-capable device is detected",
+    ),
+    "a module of its own is missing": ("import cupy._core.none", "No module named 'cupy._core'"),
+    "a library is missing": (
+        "import ctypes\nctypes.CDLL('libcudart.so.99')",
+        "libcudart.so.99: cannot open shared object file: No such file or directory",
+    ),
+    "no Python": ("def asarray(x:", "'(' was never closed"),
+    "half of it": (
+        "import sys\nsys.modules[__name__].core",
+        "partially initialized module 'cupy' has no attribute 'core'",
+    ),
+    "it prints": (
+        "import sys\nprint('hello')\nprint('woe', file=sys.stderr)\nraise OSError('no luck')",
+        "no luck",
+    ),
+    "it warns": ("import warnings\nwarnings.warn('CUDA path')\n1 / 0", "division by zero"),
+    "it exits": ("import sys\nsys.exit('go away')", "go away"),
+    "it exits without a word": ("import sys\nsys.exit()", "SystemExit"),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request, tmp_path):
+    """A folder with a broken CuPy, and what is to be said of it; no library that takes long."""
+    source, reason = BROKEN[request.param]
+    (tmp_path / "cupy.py").write_text(textwrap.dedent(source) + "\n")
+    for name in ("torch", "jax", "dask"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    return tmp_path, reason
+
+
+class TestBrokenCupy:
+    def test_info_says_why(self, broken):
+        folder, reason = broken
+        result = run("info", path=[folder])
+        assert result.returncode == 0
+        out = result.stdout.removeprefix("hello\n")
+        said = sections(out[out.index("Versions") :])["Backends"]["cupy"]
+        assert said.startswith(f"not available: {reason}")
+        assert "Traceback" not in result.stderr
+
+    def test_training_on_it_is_refused_in_a_line(self, require, broken):
+        require("sklearn"), require("tqdm")
+        folder, reason = broken
+        result = run("train", "--backend", "cupy", path=[folder])
+        assert result.returncode == 2
+        line = result.stderr.splitlines()[-1]
+        start = f"relu-xp train: error: backend 'cupy' is not available: {reason}"
+        assert line.startswith(start)
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        "broken", ["no device", "a library is missing", "half of it", "it exits"], indirect=True
+    )
+    def test_numpy_is_unaffected(self, require, broken, python):
+        require("sklearn"), require("tqdm")
+        script = """
+            import pickle, sys
+            sys.path.insert(0, sys.argv[1])
+            import numpy as np
+            import relu_xp
+            from relu_xp.__main__ import main
+
+            x = np.array([[-1.0, 2.0], [3.0, -4.0]], np.float32)
+            wanted = np.maximum(x, 0)
+            assert np.array_equal(relu_xp.relu(x), wanted)
+            assert np.array_equal(relu_xp.relu_vjp(x)[1](x), wanted)
+            assert np.array_equal(relu_xp.relu_backward(x, x), wanted)
+            for name in LAYERS:
+                layer = pickle.loads(pickle.dumps(getattr(relu_xp, name)()))
+                layer.backward(layer.forward(x))
+                assert layer.forward(x, training=False)[1, 0] > 0
+                pickle.loads(pickle.dumps(layer))
+            for argument in (None, [1.0], 1.0, np.ma.array([1.0]), np.array([1j])):
+                try:
+                    relu_xp.relu(argument)
+                except TypeError:
+                    continue
+                raise AssertionError(argument)
+            assert main(["train", "--backend", "numpy", "--epochs", "1"]) == 0
+            relu_xp.warmup()
+            assert "cupy" not in sys.modules
+            try:
+                import cupy
+            except BaseException:
+                pass
+            assert np.array_equal(relu_xp.relu(x), wanted)  # also after the user's own attempt
+            assert np.array_equal(relu_xp.ReLU().forward(x.astype(np.float64)), wanted)
+        """
+        layers = [n for n in relu_xp.__all__ if n.endswith("LU") or n == "ReLU6"]
+        assert len(layers) >= 9
+        folder, _ = broken
+        python(
+            script.replace("LAYERS", repr(layers)),
+            folder,
+            stderr=".*",
+            PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        )
 
 
 def test_info_survives_a_device_that_fails(monkeypatch, capsys):
