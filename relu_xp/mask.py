@@ -93,7 +93,7 @@ def _lend(memory: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _take_back(memory: npt.NDArray[np.uint8]) -> None:
-    if memory.size + sum(other.size for other in list(_spare)) <= _SPARE_MOST:
+    if memory.size + sum(other.size for other in _spare.copy()) <= _SPARE_MOST:
         _spare.append(memory)
 
 

@@ -1015,6 +1015,23 @@ class TestNothingWaits:
         absent = f"warm = {warm}\n{textwrap.dedent(absent)}\n"
         python(textwrap.dedent(FRESH) + absent + textwrap.dedent(script))
 
+    def test_a_python_without_the_gil_is_left_to_numpy(self, python):
+        script = """
+            import sysconfig
+            from relu_xp.backends.llvm.loader import loader
+            known = sysconfig.get_config_var
+            sysconfig.get_config_var = lambda name: name == "Py_GIL_DISABLED" or known(name)
+            right()
+            relu_xp.warmup()
+            work()
+            right()
+            reason = "the kernels are not for a Python without the GIL"
+            assert str(loader.failure) == reason
+            assert loader.describe() == f"not compiled: {reason}"
+            assert not loader.addresses
+        """
+        python(fresh_process(script))
+
     @pytest.mark.parametrize("warm", [False, True])
     def test_an_engine_that_fails_leaves_numpy_serving(self, python, warm):
         script = """

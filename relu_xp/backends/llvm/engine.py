@@ -13,6 +13,7 @@ import hashlib
 import os
 import platform
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ class Engine:
     def __init__(self) -> None:
         if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8:
             raise RuntimeError("the kernels are for 64-bit CPython")
+        if sysconfig.get_config_var("Py_GIL_DISABLED"):  # nothing but the GIL is known to them
+            raise RuntimeError("the kernels are not for a Python without the GIL")
         machine = platform.machine().lower()
         if machine not in runtime.MACHINES:
             raise RuntimeError(f"the kernels are not for the processor architecture {machine!r}")
