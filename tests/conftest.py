@@ -28,6 +28,13 @@ def pytest_addoption(parser):
         help="fail, instead of skip, where anything but a CUDA device is absent",
     )
     group.addoption(
+        "--soak",
+        type=float,
+        default=2.5,
+        metavar="SECONDS",
+        help="how long sixteen threads call everything at once",
+    )
+    group.addoption(
         "--ran", metavar="FILE", help="write what ran over which library (tests/support.py)"
     )
 

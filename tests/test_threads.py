@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -376,6 +377,47 @@ class Case:
         assert np.array_equal(bits(wanted), bits(got))
 
 
+class Others(Case):
+    """The variants' layers, relu_grad, a new slope every time, and arrays of other libraries."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.slopes = itertools.count(number, 16)
+        names = ("torch", "jax", "dask", "array_api_strict")
+        names = [name for name in names if LIBRARIES[name].load() is None]
+        self.library = LIBRARIES[names[number % len(names)]] if names else None
+        self.others = [
+            relu_xp.PReLU(401, init=0.5),
+            relu_xp.RReLU(0.5, 0.5),
+            relu_xp.CReLU(),
+            relu_xp.SquaredReLU(),
+        ]
+        self.wanted = list(self.results())
+        self.small = np.ascontiguousarray(self.x[:20]).astype(np.float32)
+
+    def results(self):
+        yield relu_xp.relu_grad(self.x, **self.numbers)
+        for layer in self.others:
+            y = layer.forward(self.x)
+            yield y
+            yield layer.backward(np.concatenate([self.dy] * 2, 1) if len(y[0]) > 401 else self.dy)
+            yield from [gradient.copy() for gradient in layer.grads]
+
+    def check(self):
+        for wanted, got in zip(self.wanted, self.results(), strict=True):
+            self.equal(wanted, got)
+        slope = np.float32(1 / (1 + next(self.slopes)))
+        wanted = np.where(self.small > 0, self.small, self.small * slope)
+        self.equal(wanted, relu_xp.relu(self.small, negative_slope=float(slope)))
+        if self.library:
+            y, pullback = relu_xp.relu_vjp(self.library.array(self.small))
+            dx = pullback(self.library.array(self.small))
+            for got in (y, dx):
+                self.equal(
+                    np.where(self.small > 0, self.small, np.float32(0)), self.library.numpy(got)
+                )
+
+
 @pytest.fixture(params=["numpy", "numpy_llvm"])
 def backend(request, monkeypatch):
     """Either backend of NumPy arrays, with several threads from small arrays on."""
@@ -407,16 +449,18 @@ def helpers(prefix):
 
 
 class TestCallersAtOnce:
-    def test_sixteen_threads(self, backend):
+    def test_sixteen_threads(self, backend, request):
         cases = [Case(number) for number in range(16)]
+        others = [Others(number) for number in range(16)]
         rounds = collections.Counter()
         start = threading.Barrier(16, timeout=20)
-        deadline = time.monotonic() + 2.5
+        deadline = time.monotonic() + request.config.getoption("--soak")
 
         def work(number):
             start.wait()
             while time.monotonic() < deadline:
                 cases[number].check()
+                others[number].check()
                 rounds[number] += 1
 
         with concurrent.futures.ThreadPoolExecutor(16) as pool:
@@ -426,9 +470,11 @@ class TestCallersAtOnce:
         if backend == "relu_xp_" or loader.board[BOARD["threads"]] > 1:
             assert helpers(backend)
 
-    def test_the_check_can_fail(self, backend):
-        case = Case(0)
+    @pytest.mark.parametrize("kind", ["dx", "other"])
+    def test_the_check_can_fail(self, backend, kind):
+        case = Case(0) if kind == "dx" else Others(0)
         case.check()
+        case.dx = case.dx if kind == "dx" else case.wanted[-1]
         bits(case.dx)[-1, -1] ^= 1
         with pytest.raises(AssertionError):
             case.check()
@@ -1263,3 +1309,102 @@ class TestOneThread:
         cache = tmp_path / "cache"
         _, *started = process(script, RELU_XP_NUM_THREADS=1, XDG_CACHE_HOME=cache).split()
         assert started == []
+
+
+class TestMemory:
+    """A process of many calls is as large after 100,000 more: pages, not only Python's objects.
+
+    The heap may take a while to settle, but what leaks grows in every round.
+    """
+
+    SCRIPT = """
+        import gc, itertools
+        x, dy = np.random.default_rng(0).standard_normal((2, 20, 30), np.float32)
+        out, few = np.empty_like(x), x[::2, ::3]
+        new = itertools.count(1)
+        y, pullback = relu_xp.relu_vjp(x)
+        layers = [getattr(relu_xp, name)() for name in LAYERS]
+        layers += [relu_xp.ReLU(max_value=1.0, negative_slope=0.5), relu_xp.ReLU(inplace=True)]
+
+        def refused(function, *arguments, **options):
+            try:
+                function(*arguments, **options)
+            except (TypeError, ValueError, RuntimeError):
+                return
+            raise AssertionError(function)
+
+        def through(layer):
+            y = layer.forward(out)
+            layer.backward(y, retain=True)
+            layer.forward(x.copy(), training=False)
+            layer.saved_nbytes
+
+        calls = [
+            lambda: relu_xp.relu(x),
+            lambda: relu_xp.relu(few, out=out[::2, ::3]),
+            lambda: relu_xp.relu(x, negative_slope=1 / next(new)),
+            lambda: relu_xp.relu_vjp(x, max_value=next(new), negative_slope=0.5)[1](dy),
+            lambda: relu_xp.relu_backward(dy, x, threshold=1 / next(new), out=out),
+            lambda: relu_xp.relu_grad(x.astype(np.float64), positive_slope=next(new)),
+            lambda: relu_xp.relu(x.astype(np.float16), max_value=6.0),
+            lambda: relu_xp.relu((x * 9).astype(np.int32)),
+            lambda: relu_xp.leaky_relu(x, 1 / next(new), out=out),
+            lambda: (relu_xp.relu6(x), relu_xp.clipped_relu(x), relu_xp.thresholded_relu(x)),
+            lambda: pullback(dy, out=out),
+            lambda: relu_xp.prelu(x, np.full(30, 0.5, np.float32)),
+            lambda: relu_xp.prelu_vjp(x, np.full(30, 0.5, np.float32))[1](dy),
+            lambda: (relu_xp.rrelu(x), relu_xp.crelu(x), relu_xp.squared_relu(x)),
+            lambda: relu_xp.LeakyReLU(1 / next(new)).forward(x),
+            lambda: repr(relu_xp.ThresholdedReLU(1 / next(new))),
+            lambda: refused(relu_xp.relu, [1.0]),
+            lambda: refused(relu_xp.relu, x, negative_slope=float("nan")),
+            lambda: refused(relu_xp.relu, x, max_value=-1.0 / next(new)),
+            lambda: refused(relu_xp.relu, x, out=out[1:]),
+            lambda: refused(relu_xp.relu_vjp, x.astype(np.int8)),
+            lambda: refused(relu_xp.relu_backward, dy[1:], x),
+            lambda: refused(pullback, dy.astype(complex)),
+            lambda: refused(relu_xp.ReLU().backward, dy),
+            *[lambda layer=layer: through(layer) for layer in layers],
+            *LEAKS,
+        ]
+
+        def many(number):
+            for call in itertools.islice(itertools.cycle(calls), number):
+                call()
+            gc.collect()
+
+        def pages():
+            with open("/proc/self/statm") as file:
+                return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        warm()
+        many(60_000)  # thousands of new numbers: the caches are full
+        grown = []
+        while len(grown) < ROUNDS and not (grown and grown[-1] < 1 << 18):
+            before = pages()
+            many(100_000)
+            grown.append(pages() - before)
+        from relu_xp.activation import _activation
+        assert next(new) > 10_000
+        served = sys.modules["relu_xp.backends.llvm"]._member if jit else alone._constants
+        for cache in (_activation, served):
+            assert cache.cache_info().currsize == cache.cache_info().maxsize == 1024
+        print(grown[-1])
+    """
+
+    def growth(self, request, process, leaks, rounds):
+        if sys.platform != "linux":
+            unavailable(request.config, "the pages of a process are counted as on Linux")
+        layers = [name for name in relu_xp.__all__ if name.endswith("LU") or name == "ReLU6"]
+        script = textwrap.dedent(self.SCRIPT).replace("LAYERS", repr(layers))
+        script = script.replace("LEAKS", leaks).replace("ROUNDS", str(rounds))
+        return int(process(script, timeout=240))
+
+    def test_100_000_calls_take_none(self, request, process):
+        assert self.growth(request, process, "[]", 5) < 1 << 18
+
+    @pytest.mark.parametrize("process", [0], ids=["numpy"], indirect=True)
+    def test_the_check_can_fail(self, request, process):
+        """A leak of a kilobyte in one call of forty."""
+        leaks = "[lambda kept=[]: kept.append(bytes(1024))]"
+        assert self.growth(request, process, leaks, 2) > 1 << 18
