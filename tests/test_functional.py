@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import pickle
+import re
 import sys
 from fractions import Fraction
 
@@ -13,6 +14,7 @@ import pytest
 
 import relu_xp
 from relu_xp import activation as activations
+from relu_xp import checks
 from relu_xp.activation import Activation, Rounded, activation_of, limits
 from relu_xp.testing import oracle
 
@@ -364,6 +366,27 @@ def test_an_activation_of_its_own_for_each_compilation(monkeypatch):
     assert activations.rounded(*numbers, "float16").dtype_name == "float16"
 
 
+def test_what_serves_is_asked_once_for_an_activation_and_a_dtype(monkeypatch):
+    activation, x = Activation(0.5, 0.25, 2.0, 4.0), np.ones(2, np.float32)
+    backend, numbers = checks.serving("f", "x", x, activation)
+    monkeypatch.setattr(checks, "backend_for", None)
+    assert checks.serving("f", "x", x, activation) == (backend, numbers)
+    with pytest.raises(TypeError, match="not callable"):
+        checks.serving("f", "x", x.astype(np.float64), activation)
+
+
+def test_nothing_is_noted_while_a_compiler_traces(monkeypatch):
+    for module in (activations, checks):
+        monkeypatch.setattr(module, "compiling", lambda: True)
+    monkeypatch.setattr(activations, "compiles", lambda: True)
+    activation = Activation(0.5, 0.25, 2.0, 4.0)
+    for dtype in (np.float32, np.float16):
+        _, numbers = checks.serving("f", "x", np.ones(2, dtype), activation)
+        assert numbers.activation == activation
+        assert numbers.dtype_name == np.dtype(dtype).name
+    assert activation.served == {}
+
+
 # ---- The numbers as a dtype holds them ----------------------------------------------------------
 
 
@@ -666,6 +689,18 @@ def after_forward(layer):
             ZeroDivisionError,
             "division by zero",
         ),
+        (
+            lambda: relu_xp.prelu(X, np.ones((1, 1))),
+            ValueError,
+            "prelu: weight has shape (1, 1); give one slope, or an array with one axis, that of "
+            "the channels",
+        ),
+        (
+            lambda: relu_xp.rrelu(X, rng=lambda shape: np.ones(shape, complex)),
+            TypeError,
+            "rrelu: what rng drew: complex128 has no order; relu takes real floating or integer "
+            "arrays (float16, bfloat16, float32, float64, int8 to int64, uint8 to uint64)",
+        ),
         # The layers.
         (
             lambda: relu_xp.ReLU().backward(X),
@@ -740,8 +775,17 @@ def test_a_refusal_names_the_argument_what_came_and_what_to_do(call, error, mess
     assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("variant", ["prelu", "crelu", "squared_relu", "rrelu"])
-def test_a_refusal_names_the_function_that_was_called(variant):
+@pytest.mark.parametrize(
+    ("variant", "draws"),
+    [
+        ("prelu", False),
+        ("crelu", False),
+        ("squared_relu", False),
+        ("rrelu", True),
+        ("rrelu", False),
+    ],
+)
+def test_a_refusal_names_the_function_that_was_called(variant, draws):
     """Each of a variant's two functions and its layer, at every argument that it checks."""
     rng = np.random.default_rng(0)
     make = {
@@ -751,13 +795,18 @@ def test_a_refusal_names_the_function_that_was_called(variant):
         "rrelu": lambda: relu_xp.RReLU(rng=rng),
     }[variant]
     weight = (np.ones(1, np.float32),) * (variant == "prelu")
-    options = {"rng": rng} if variant == "rrelu" else {}
+    options = {"rng": rng} if draws else {}
     bad = np.ones((2, 3), np.int32)
 
     def check(name, argument, function, *arguments, **options):
         with pytest.raises((TypeError, ValueError)) as refused:
             function(*arguments, **options)
-        assert str(refused.value).startswith(f"{name}: {argument} ")
+        assert re.match(f"{name}: {argument}:? ", str(refused.value))
+        if argument == "out":
+            longer = "the result has (2, 6)" if variant == "crelu" else "x is (2, 3)"
+            shorter = "the result has (2, 3)" if variant == "crelu" else "dy is (2, 3)"
+            wanted = shorter if name in ("backward", "pullback") else longer
+            assert str(refused.value) == f"{name}: out has shape (3,), {wanted}"
 
     short = X[0].copy()
     for name in (variant, f"{variant}_vjp"):
@@ -771,6 +820,12 @@ def test_a_refusal_names_the_function_that_was_called(variant):
     for training in (False, True):
         check("forward", "x", make().forward, [1.0], training=training)
         check("forward", "out", make().forward, X, training=training, out=short)
+        if variant != "crelu":
+            layer = make()
+            layer.inplace = True
+            message = "^forward: x, which is to be overwritten, is read-only"
+            with pytest.raises(ValueError, match=message):
+                layer.forward(READ_ONLY, training=training)
     layer = make()
     y = layer.forward(X)
     check("backward", "dy", layer.backward, [1.0])
@@ -840,6 +895,9 @@ def test_a_refusal_tells_how_to_move_an_array(require):
         with pytest.raises(TypeError) as refused:
             call()
         assert str(refused.value) == message
+    message = f"^rrelu: x is NumPy, what rng drew is {re.escape(place)}; {to_numpy}"
+    with pytest.raises(TypeError, match=message):
+        relu_xp.rrelu(X, rng=lambda shape: there)
     with pytest.raises(TypeError) as refused:
         relu_xp.relu_vjp(there, mask=np.zeros(1, np.uint8))
     assert str(refused.value) == (

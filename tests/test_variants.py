@@ -379,6 +379,56 @@ VARIANTS = {
 }
 
 
+def test_the_bytes_that_a_variant_holds(xp, dtype):
+    """x and the slopes; a slope an element in float32 at least; a byte an element; x."""
+    host = np.ones((2, 3), oracle.DTYPES[dtype])
+    x = xp.array(host)
+    wide = np.zeros(3, oracle.DTYPES[xp.dtypes[-1]])
+    for weight in (wide, wide[:1], wide.astype(host.dtype)):
+        _, pullback = relu_xp.prelu_vjp(x, xp.array(weight.copy()))
+        assert pullback.saved_nbytes == host.nbytes + weight.nbytes
+    _, pullback = relu_xp.rrelu_vjp(x, rng=np.random.default_rng(0))
+    assert pullback.saved_nbytes == 6 * (8 if dtype == "float64" else 4)
+    assert relu_xp.crelu_vjp(x)[1].saved_nbytes == 6
+    assert relu_xp.squared_relu_vjp(x)[1].saved_nbytes == host.nbytes
+
+
+@pytest.mark.libraries("writable")
+@pytest.mark.parametrize("name", ["prelu", "rrelu", "crelu", "squared_relu"])
+def test_out_is_what_is_returned(xp, name):
+    """Of a function, its vjp and its layer, training or not."""
+    host = np.linspace(-3, 3, 24, dtype=np.float32).reshape(4, 6)
+    x, weight = xp.array(host), xp.array(np.full(1, 0.25, np.float32))
+    layer = {
+        "prelu": PReLU,
+        "rrelu": lambda: RReLU(0.25, 0.25),
+        "crelu": CReLU,
+        "squared_relu": SquaredReLU,
+    }[name]()
+    if name == "prelu":
+        layer.params[0] = weight
+    more = {"prelu": (weight,), "rrelu": (0.25, 0.25)}.get(name, ())
+    wanted = {
+        "crelu": np.concatenate([np.maximum(host, 0), np.maximum(-host, 0)], 1),
+        "squared_relu": np.maximum(host, 0) ** 2,
+    }.get(name, np.where(host > 0, host, host / 4))
+    function, vjp = (getattr(relu_xp, f"{name}{end}") for end in ("", "_vjp"))
+    calls = [
+        lambda out: function(x, *more, out=out),
+        lambda out: vjp(x, *more, out=out)[0],
+        lambda out: layer.forward(x, out=out),
+        lambda out: layer.forward(x, out=out, training=False),
+    ]
+    if name == "rrelu":
+        rng = np.random.default_rng(0)
+        calls.append(lambda out: function(x, *more, rng=rng, out=out))
+        calls.append(lambda out: vjp(x, *more, rng=rng, out=out)[0])
+    for call in calls:
+        out = xp.array(np.full_like(wanted, 77))
+        assert call(out) is out
+        np.testing.assert_array_equal(xp.numpy(out), wanted)
+
+
 def gradient_of(result):
     return result[0] if isinstance(result, tuple) else result
 
@@ -709,6 +759,28 @@ def test_the_gradient_buffer_may_be_an_argument():
     assert layer.backward(np.ones(3), out=out) is out
     assert out.tolist() == [0.25, 0.25, 1]
     assert layer.grads[0].tolist() == [-1, -2, 0]
+
+
+def test_a_gradient_buffer_that_does_not_fit_is_another():
+    x = np.array([-1.0, -2.0, 3.0], np.float32)
+    memory = np.zeros(6, np.float32)
+    for buffer, out in (
+        (np.zeros(3), None),
+        (np.zeros(2, np.float32), None),
+        (np.zeros((3, 1), np.float32), None),
+        ([0.0] * 3, None),
+        (np.broadcast_to(np.float32(0), 3), None),
+        (memory[:3], memory[1:4]),
+        (memory[2:5], memory[1:4]),
+    ):
+        layer = PReLU(3, axis=0)
+        layer.forward(x)
+        layer.grads[0] = buffer
+        dx = layer.backward(np.ones(3, np.float32), out=out)
+        assert dx.tolist() == [0.25, 0.25, 1]
+        assert layer.grads[0] is not buffer
+        assert layer.grads[0].dtype == np.float32
+        assert layer.grads[0].tolist() == [-1, -2, 0]
 
 
 @pytest.mark.parametrize("library", ["torch", "jax.numpy", "array_api_strict"])
