@@ -125,10 +125,10 @@ def test_a_third_partys_backend_is_named_without_importing_it(monkeypatch):
         return points.get(name, [])
 
     monkeypatch.setattr(dispatch.importlib.metadata, "entry_points", entry_points)
-    assert dispatch.serving("foreign") == "foreign.relu"
-    assert dispatch.serving("unknown") == "relu_xp.backends.generic"
+    assert dispatch.module_of("foreign") == "foreign.relu"
+    assert dispatch.module_of("unknown") == "relu_xp.backends.generic"
     for name in ("cupy", "torch", "jax", "dask"):
-        assert dispatch.serving(name) == f"relu_xp.backends.{name}"
+        assert dispatch.module_of(name) == f"relu_xp.backends.{name}"
     assert asked == [("relu_xp.backends", "foreign"), ("relu_xp.backends", "unknown")], "ours first"
 
 
@@ -159,8 +159,8 @@ def test_kernels_serve_numpy_where_they_can_be_had(monkeypatch, found, variable,
         monkeypatch.delenv("RELU_XP_JIT", raising=False)
     else:
         monkeypatch.setenv("RELU_XP_JIT", variable)
-    assert dispatch.serving("numpy") == f"relu_xp.backends.{name}"
-    assert dispatch.serving("torch") == "relu_xp.backends.torch"
+    assert dispatch.module_of("numpy") == f"relu_xp.backends.{name}"
+    assert dispatch.module_of("torch") == "relu_xp.backends.torch"
     assert set(looked_for) == (set() if variable == "0" else {"llvmlite"})
     relu_xp.warmup()
     assert made == [True] * (name == "llvm")
@@ -359,7 +359,7 @@ def test_a_type_is_looked_up_once(monkeypatch, tmp_path):
     memmap = np.memmap(tmp_path / "x", np.float32, "w+", shape=3)
     for _ in range(2):
         for x in (np.ones(3), memmap):
-            assert dispatch.backend_for("f", "x", x).__name__ == dispatch.serving("numpy")
+            assert dispatch.backend_for("f", "x", x).__name__ == dispatch.module_of("numpy")
     assert loaded == ["numpy", "numpy"]
     assert set(dispatch.BACKENDS) == {np.ndarray, np.memmap}
 

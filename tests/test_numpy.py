@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from libraries import serving_numpy
 
 import relu_xp
 from relu_xp.backends import numpy as backend
 from relu_xp.testing import oracle
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """Let NumPy serve by itself, also where there are kernels."""
+    with serving_numpy("relu_xp.backends.numpy"):
+        yield
 
 
 @pytest.fixture(params=["numpy.maximum", "integers"])
