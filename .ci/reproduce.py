@@ -29,7 +29,6 @@ OLDEST = (3, 11)
 STRICT = ("-W", "error", "-P")  # -P: what is installed is tested, not what lies in a folder
 EXTRAS = ("jit", "test", "demo", "plot", "dask")
 CORE = ("truth_table", "layers", "numpy", "functional")
-LIBRARIES = "numpy,numpy_llvm,array_api_strict"
 
 
 class Environment(NamedTuple):
@@ -85,7 +84,8 @@ def check(
         print(f"NOT TRIED: {environment.name} cannot be had\n{error}", flush=True)
         return []
     files = []
-    for jit, count in itertools.product("0" if bare else "01", threads()):
+    no_kernels = bare or environment.version.endswith("t")  # which are for a Python with the GIL
+    for jit, count in itertools.product("0" if no_kernels else "01", threads()):
         file = folder / f"{environment.name},jit={jit},threads={count}"
         setting = {"RELU_XP_JIT": jit, "RELU_XP_NUM_THREADS": count}
         file.write_text(run([python, *STRICT, str(sources / "tests/bits.py")], folder, setting))
@@ -93,7 +93,8 @@ def check(
     bits = time.monotonic() - start
     tests = ""
     if not bare:
-        options = ["-q", "-p", "no:cacheprovider", "--no-skip", "--xp", LIBRARIES]
+        libraries = "numpy,array_api_strict" + ",numpy_llvm" * (not no_kernels)
+        options = ["-q", "-p", "no:cacheprovider", "--no-skip", "--xp", libraries]
         options += ["-k", "not two_libraries and not two_devices"]  # which need some more
         options += [f"tests/test_{name}.py" for name in CORE]
         output = run([python, *STRICT, "-m", "pytest", *options], sources, cache=folder)
