@@ -311,6 +311,29 @@ def test_a_place_is_a_library_and_a_device(require):
     assert generic.place(Placed(np.ones(1))) == ("foreign_arrays", "elsewhere")
 
 
+def test_sums_are_of_float32_where_there_is_no_float64(require, monkeypatch):
+    strict = require("array_api_strict")
+
+    class Narrow(types.ModuleType):
+        def __getattr__(self, name):
+            return getattr(strict, name)
+
+        @staticmethod
+        def __array_namespace_info__():
+            return types.SimpleNamespace(dtypes=lambda **_: {"float32": strict.float32})
+
+    x, dy, slopes = (
+        strict.asarray(values, dtype=strict.float32)
+        for values in ([-3e38, -3e38, -3e38], [1.0, 1.0, -1.0], [0.5])
+    )
+    for namespace, expected in ((strict, np.float32(-3e38)), (Narrow("narrow"), -np.inf)):
+        monkeypatch.setattr(generic, "_namespace", lambda _, namespace=namespace: namespace)
+        with np.errstate(over="ignore"):
+            gradient = generic.slopes_gradient(dy, x, slopes, None)
+        assert gradient.dtype == strict.float32
+        assert float(gradient[0]) == expected
+
+
 def test_results_stay_on_the_device_of_x(require):
     strict = require("array_api_strict")
     here, there = (strict.Device(name) for name in ("CPU_DEVICE", "device1"))

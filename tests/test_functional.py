@@ -339,6 +339,22 @@ def test_an_activation_is_built_once_and_frozen():
     assert Activation(threshold=2**53 + 1).threshold == 2**53 + 1
 
 
+def test_what_is_noted_is_no_part_of_an_activation():
+    activation = Activation(threshold=0.5)
+    checks.serving("f", "x", np.ones(2), activation)
+    assert activation.rounded
+    assert activation.served
+    assert activation == Activation(threshold=0.5)
+    assert hash(activation) == hash(Activation(threshold=0.5))
+    assert activation != Activation(threshold=1.5)
+    assert repr(activation) == (
+        "Activation(threshold=0.5, negative_slope=0.0, positive_slope=1.0, max_value=None)"
+    )
+    for name in ("rounded", "served"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            Activation(**{name: {}})
+
+
 @pytest.mark.parametrize("name", ["threshold", "negative_slope", "positive_slope", "max_value"])
 def test_numbers_of_any_kind_become_floats(name):
     for value in (Fraction(3, 2), np.float32(1.5), 1.5, np.int8(3), 3):

@@ -361,3 +361,21 @@ def test_a_sum_of_infinities_is_silent(cut):
         with np.errstate(all="raise"):
             found = pullback(dy)[1]
         np.testing.assert_array_equal(found, [expected])
+
+
+def test_slopes_alone_are_themselves():
+    slopes = np.array([0.0, -0.5, 1.0, 3.0], np.float32)
+    factors = backend.sloped(None, None, slopes, None)
+    assert factors.dtype == np.float32
+    np.testing.assert_array_equal(factors, slopes)
+
+
+def test_squared_relus_gradient_is_rounded_twice():
+    """To float32, and from there to float16: from float64 some would be others."""
+    rng = np.random.default_rng(12)
+    x = (rng.random(100_000) + 0.5).astype(np.float32)
+    dy = (rng.random(x.size) + 0.5).astype(np.float16)
+    twice = (2 * x * dy.astype(np.float32)).astype(np.float16)
+    once = (2 * x * dy.astype(np.float64)).astype(np.float16)
+    assert (once != twice).any()
+    np.testing.assert_array_equal(relu_xp.squared_relu_vjp(x)[1](dy), twice)

@@ -123,12 +123,12 @@ def _floats_are_exact(dtype: np.dtype[Any]) -> bool:
     one = int(np.ones((), dtype).view(k.unsigned))
     sign = 1 << (numbers.width - 1)
     inf = numbers.infinity_bits
-    positive = np.array([0, 1, one, inf, inf + 1, inf | inf >> 1, sign - 1], k.unsigned)
+    positive = np.array([0, 1, one, inf, inf + 1, sign - 1], k.unsigned)
     bits = np.tile(np.concatenate([positive, positive | np.array(sign, k.unsigned)]), 20)
     expected = bits * np.greater(bits.view(k.signed), k.minus_infinity)
     try:
         with np.errstate(all="raise"):
-            short = np.s_[:5], np.s_[5:10], np.s_[10:14]
+            short = np.s_[:4], np.s_[4:8], np.s_[8:12]
             for part in (np.s_[:], np.s_[::-1], np.s_[3::3], *short):
                 y = np.maximum(bits.view(dtype)[part], np.zeros((), dtype))
                 lower = np.less_equal(bits.view(dtype)[part], np.zeros((), dtype))
