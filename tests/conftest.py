@@ -47,6 +47,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     for item in items:
         item.user_properties += support.properties_of(item)
+        if (
+            "float16" in item.name
+        ):  # where the oracle goes through every pattern, four times as long
+            item.add_marker("no_cover")
     if "exhaustive" not in config.option.markexpr:
         long = [item for item in items if item.get_closest_marker("exhaustive")]
         items[:] = [item for item in items if item not in long]

@@ -6,12 +6,17 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import importlib
 import itertools
 import os
+import queue
 import signal
 import sys
 import textwrap
+import threading
 import tracemalloc
+import types
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -25,10 +30,13 @@ from relu_xp import checks, mask
 from relu_xp.activation import Activation, Rounded
 from relu_xp.backends import llvm
 from relu_xp.backends import numpy as numpy_backend
-from relu_xp.backends.llvm import engine, kernels, runtime
+from relu_xp.backends.llvm import crew, engine, kernels, runtime
 from relu_xp.backends.llvm.loader import loader
 from relu_xp.mask import pack, unpack
 from relu_xp.testing import oracle
+
+# By its name: that of the package is the loader itself.
+loading = importlib.import_module("relu_xp.backends.llvm.loader")
 
 LINE = 64
 NEVER = 1 << 62
@@ -1270,3 +1278,170 @@ def test_no_two_words_of_the_board_share_a_place_nor_two_that_are_written_a_line
     read = set(runtime.BOARD) - {*written, "bell"}
     assert not set(lines) & {runtime.BOARD[name] // 8 for name in read}
     assert max(runtime.BOARD.values()) - runtime.BOARD["taken"] < runtime.THREAD_BYTES // 8
+
+
+class TestCrew:
+    """Helpers that do nothing but wait for the bell."""
+
+    @pytest.fixture
+    def crew(self):
+        with mock.patch.object(crew.threads, "count", return_value=3):
+            board = crew.new_board({"none": id(None)})
+        self.board, self.come, bell = board, queue.SimpleQueue(), threading.Event()
+
+        def help(number):
+            self.come.put(number)
+            assert bell.wait(20)
+
+        made = crew.Crew(board, help, bell.set)
+        yield made
+        made.dismiss()
+
+    def word(self, name):
+        return self.board[runtime.BOARD[name]]
+
+    def comers(self, number):
+        return {self.come.get(timeout=20) for _ in range(number)}
+
+    def test_they_come_once_and_end_when_they_are_dismissed(self, crew):
+        assert (self.word("none"), self.word("threads"), self.word("bell")) == (id(None), 3, 0)
+        crew.muster()
+        crew.muster()
+        assert self.comers(2) == {1, 2}
+        first = list(crew._helpers)
+        assert all(helper.is_alive() and helper.daemon for helper in first)
+        crew.dismiss()
+        assert not any(helper.is_alive() for helper in first)
+        assert self.word("stop") == 1
+        crew.muster()
+        assert self.come.empty()
+
+    def test_where_no_thread_can_be_started_there_are_fewer(self, crew, monkeypatch):
+        def start(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", start)
+        crew.muster()
+        monkeypatch.undo()
+        crew.muster()
+        assert crew._helpers == []
+        assert self.come.empty()
+
+    def test_a_process_that_was_forked_begins_anew(self, crew):
+        crew.muster()
+        assert self.comers(2) == {1, 2}
+        gone = list(crew._helpers)
+        for word in ("busy", "open", "active"):
+            self.board[runtime.BOARD[word]] = 1
+        self.board[crew_word(2, "asleep")] = 1
+        crew._forget()  # as in the child, where these threads are not
+        assert [self.word(word) for word in ("busy", "open", "active")] == [0, 0, 0]
+        assert self.board[crew_word(2, "asleep")] == 0
+        crew.muster()
+        assert self.comers(2) == {1, 2}
+        assert not {helper.ident for helper in gone} & {helper.ident for helper in crew._helpers}
+
+
+crew_word = crew._word
+
+
+class TestEngine:
+    @pytest.mark.parametrize(
+        ("module", "stand_in", "message"),
+        [
+            ("sys", {"implementation": types.SimpleNamespace(name="pypy")}, "for 64-bit CPython"),
+            ("platform", {"machine": lambda: "RISCV64"}, "processor architecture 'riscv64'"),
+            ("sysconfig", {"get_config_var": lambda name: 1}, "not for a Python without the GIL"),
+        ],
+    )
+    def test_what_it_does_not_know_it_refuses(self, monkeypatch, module, stand_in, message):
+        monkeypatch.setattr(engine, module, types.SimpleNamespace(**stand_in))
+        with pytest.raises(RuntimeError, match=message):
+            engine.Engine()
+
+    @pytest.mark.parametrize("field", ["class", "data", "axes", "flags"])
+    def test_arrays_that_lie_otherwise_in_memory_are_refused(self, monkeypatch, field):
+        moved = {**runtime.FIELDS, field: runtime.FIELDS["dtype"]}
+        monkeypatch.setattr(runtime, "FIELDS", moved)
+        with pytest.raises(RuntimeError, match="lie in memory in an unknown way"):
+            engine.Engine()
+
+    def test_what_was_compiled_is_kept_and_read_again(self, require, monkeypatch, tmp_path):
+        require("llvmlite")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        made, text = engine.Engine(), kernels.source(kernels.Structure("float32"))
+        assert not made.is_kept(text)
+        compiled = made.addresses(text, kernels.NAMES)
+        assert made.is_kept(text)
+        with mock.patch.object(made._llvm, "parse_assembly", wraps=made._llvm.parse_assembly) as it:
+            read = made.addresses(text, kernels.NAMES)
+        assert [call.args for call in it.call_args_list] == [("",)], "it was compiled again"
+        assert set(read) == set(compiled) == set(kernels.NAMES)
+        assert all(read.values())
+        assert not set(read.values()) & set(compiled.values())
+        (file,) = (tmp_path / "relu_xp").iterdir()
+        file.write_bytes(file.read_bytes()[:-1])
+        assert not made.is_kept(text)
+        assert all(made.addresses(text, kernels.NAMES).values())
+        assert made.is_kept(text)
+
+    @pytest.mark.parametrize(
+        ("system", "variables", "folder"),
+        [
+            ("win32", {"LOCALAPPDATA": "/local"}, "/local"),
+            ("win32", {}, "~/AppData/Local"),
+            ("darwin", {"XDG_CACHE_HOME": "/elsewhere"}, "~/Library/Caches"),
+            ("linux", {"XDG_CACHE_HOME": "/elsewhere"}, "/elsewhere"),
+            ("linux", {}, "~/.cache"),
+        ],
+    )
+    def test_the_folder_is_the_systems(self, monkeypatch, system, variables, folder):
+        monkeypatch.setattr(engine, "sys", types.SimpleNamespace(platform=system))
+        for name in ("LOCALAPPDATA", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert engine.cache_folder() == Path(folder).expanduser() / "relu_xp"
+
+
+class TestLoader:
+    def test_an_engine_that_fails_is_told_of_and_asked_no_more(self, monkeypatch):
+        tries = []
+
+        def fail():
+            tries.append(1)
+            raise RuntimeError("no such machine")
+
+        monkeypatch.setattr(loading, "Engine", fail)
+        made, structure = loading.Loader(), kernels.Structure("float32")
+        assert made.describe() == "not compiled: no such machine"
+        made.make_all()
+        assert len(tries) == 2
+        assert str(made.failure) == "no such machine"
+        made.request(structure)
+        assert made._thread is None
+        x = np.ones(3, np.float32)
+        made.muster()
+        assert made.call(None, 3, None, x) is None
+        assert not made.fits(x, x, x, 12)
+        assert made.addresses == {}
+
+    def test_a_kernel_that_is_asked_for_is_made_by_a_thread_that_ends(self, require, monkeypatch):
+        require("llvmlite")
+        made, structure = loading.Loader(), kernels.Structure("float32")
+        made._engine = loader.engine()
+        made.request(structure)
+        made.request(structure)
+        thread = made._thread
+        if thread is not None:  # else it has done so already
+            thread.join(20)
+        assert set(made.addresses) == {structure}
+        assert (made._thread, made._asked, made.failure) == (None, [], None)
+
+    def test_what_fails_to_compile_leaves_the_reason(self, require, monkeypatch):
+        require("llvmlite")
+        made = loading.Loader()
+        made._engine = loader.engine()
+        monkeypatch.setattr(kernels, "source", lambda structure: "nonsense")
+        assert made.describe().startswith("not compiled: ")
+        assert made.addresses == {}

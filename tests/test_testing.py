@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import os
@@ -16,7 +17,7 @@ from conftest import unavailable
 
 import relu_xp
 from relu_xp import dispatch
-from relu_xp.testing import check_gradient, conformance, oracle
+from relu_xp.testing import _names, check_gradient, conformance, oracle
 
 PLUGIN = Path(__file__).parent / "plugin"
 LAYERS = [
@@ -305,6 +306,14 @@ def project(tmp_path):
         """)
     )
     return tmp_path
+
+
+def test_names_of_libraries_are_read_as_they_are_written():
+    assert _names("numpy") == ["numpy"]
+    assert _names("numpy, cupy") == ["numpy", "cupy"]
+    for text in ("", "numpy,", "numpy,,cupy", "numpy,numpy"):
+        with pytest.raises(argparse.ArgumentTypeError, match="has an empty name, or one twice"):
+            _names(text)
 
 
 def test_a_users_project(project):
