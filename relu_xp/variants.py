@@ -89,7 +89,7 @@ class VariantPullback(Generic[GradientT]):
         """
         fitting(function, dy, _RELU, self._place, self._shape, "forward saw")
         shape = None if self._shape == self._dx_shape else self._dx_shape
-        if out is not None and (shape or not self._backend.fits(out, dy, dy)):
+        if out is not None and (shape is not None or not self._backend.fits(out, dy, dy)):
             check_out(function, out, dy, "dy", (dy,), self._backend, shape)
         return self._compute(dy, out, *more)
 
