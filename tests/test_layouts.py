@@ -526,6 +526,18 @@ def test_a_leaf_of_pytorch_cannot_be_its_own_out(require):
     assert x.tolist() == [-1, 2]
 
 
+def test_what_only_writing_shows_to_be_read_only_is_refused(require):
+    """Where a library does not tell."""
+    strict = require("array_api_strict")
+    host = np.ones(3)
+    host.flags.writeable = False
+    out = strict.asarray(host, copy=False)
+    message = "out cannot be written: assignment destination is read-only$"
+    with pytest.raises(ValueError, match=message) as refused:
+        relu_xp.relu(strict.ones(3), out=out)
+    assert isinstance(refused.value.__cause__, ValueError)
+
+
 def test_length_one_axes_have_no_stride():
     x = np.array([[-1.0, 2.0]])
     assert relu_xp.relu(x, out=x[::2]).tolist() == [[0, 2]]
