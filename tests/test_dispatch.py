@@ -166,6 +166,26 @@ def test_kernels_serve_numpy_where_they_can_be_had(monkeypatch, found, variable,
     assert made == [True] * (name == "llvm")
 
 
+def test_a_tensor_makes_all_kinds_of_tensors_known(require, monkeypatch):
+    """Before `torch.compile` meets one of another kind: it cannot trace the search."""
+    torch = require("torch")
+    from relu_xp.backends import torch as backend
+
+    class Tensor(torch.Tensor):
+        pass
+
+    monkeypatch.setattr(dispatch, "BACKENDS", {})
+    dispatch.backend_for("f", "x", np.ones(1))
+    assert set(dispatch.BACKENDS) == {np.ndarray}
+    assert dispatch.backend_for("f", "x", torch.ones(1)) is backend
+    assert set(dispatch.BACKENDS) == {np.ndarray, torch.Tensor, torch.nn.Parameter}
+    assert dispatch.BACKENDS[torch.Tensor] is dispatch.BACKENDS[torch.nn.Parameter] is backend
+    assert dispatch.backend_for("f", "x", torch.ones(1).as_subclass(Tensor)) is backend
+    assert dispatch.BACKENDS[Tensor] is backend
+    monkeypatch.setattr(dispatch, "_load", None)
+    assert dispatch.backend_for("f", "x", torch.ones(1)) is backend
+
+
 class TestNamespace:
     """A library by its name, or why it cannot be had."""
 
@@ -202,10 +222,10 @@ class TestNamespace:
         class Finder:
             @staticmethod
             def find_spec(name):
-                return name in ("numpy", "jax") or None
+                return name in ("numpy", "jax", "array_api_strict") or None
 
         monkeypatch.setattr(dispatch, "PathFinder", Finder)
-        assert self.reason(name) == ("not installed", "; there is numpy, jax")
+        assert self.reason(name) == ("not installed", "; there is numpy, jax, array_api_strict")
 
     def test_what_is_absent_is_not_advised(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "jax", None)
