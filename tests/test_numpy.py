@@ -146,6 +146,30 @@ def test_numpy_is_asked_whether_its_floats_are_exact(monkeypatch):
     assert not backend._floats_are_exact(float32)
 
 
+def test_a_maximum_that_is_not_exact_is_not_used(python):
+    """Nor a comparison: what is asked when the package is imported decides."""
+    script = """
+        import numpy as np
+
+        exact = np.maximum
+
+        def keeps_negative_zero(x, zero, out=None):
+            y = exact(x, zero, out=out)
+            return np.copyto(y, -0.0, where=y == 0) or y
+
+        np.maximum = keeps_negative_zero
+        import relu_xp
+
+        for dtype in (np.float32, np.float64):
+            for shape in ((3,), (1000, 3)):
+                x = np.broadcast_to(np.array([-0.0, -1, 2], dtype), shape).copy()
+                assert np.signbit(np.maximum(x, 0)).any()
+                for y in (relu_xp.relu(x), relu_xp.relu_vjp(x)[0]):
+                    assert not np.signbit(y).any()
+    """
+    python(script, RELU_XP_JIT=0)
+
+
 @pytest.mark.parametrize("dtype", [np.dtype(c) for c in "bhilqBHILQ"], ids=lambda d: d.char)
 def test_integers_go_forward(dtype):
     info = np.iinfo(dtype)
