@@ -521,7 +521,7 @@ def _channels(function: str, name: str, x: Any, weight: Any, axis: int) -> int:
     """Return the axis of x that has a channel for each of the slopes."""
     axis = _axis(function, x, axis)
     if math.isnan(x.shape[axis]):
-        raise _of_unknown_length(function, x, axis)
+        raise _of_unknown_length(function, axis)
     if weight.shape[0] != x.shape[axis]:
         raise ValueError(
             f"{function}: {name} has {weight.shape[0]} slopes, but x has {x.shape[axis]} channels "
@@ -530,7 +530,7 @@ def _channels(function: str, name: str, x: Any, weight: Any, axis: int) -> int:
     return axis
 
 
-def _of_unknown_length(function: str, x: Any, axis: int) -> ValueError:
+def _of_unknown_length(function: str, axis: int) -> ValueError:
     return ValueError(
         f"{function}: x has an unknown number of channels along axis {axis}; "
         "call x.compute_chunk_sizes() first"
@@ -566,7 +566,7 @@ def _crelu(function: str, x: Any, axis: int, out: Any) -> tuple[Backend, int]:
     backend, _ = _serving(function, x)
     axis = _axis(function, x, axis)
     if math.isnan(x.shape[axis]):
-        raise _of_unknown_length(function, x, axis)
+        raise _of_unknown_length(function, axis)
     if out is not None:
         check_out(function, out, x, "x", (x,), backend, doubled(x.shape, axis))
     return backend, axis

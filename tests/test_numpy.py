@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 from libraries import serving_numpy
@@ -403,3 +405,42 @@ def test_squared_relus_gradient_is_rounded_twice():
     once = (2 * x * dy.astype(np.float64)).astype(np.float16)
     assert (once != twice).any()
     np.testing.assert_array_equal(relu_xp.squared_relu_vjp(x)[1](dy), twice)
+
+
+def in_our_order(rows):
+    """Return the sum of each row, added as `_sum` says: one element of a row at a time."""
+    row, sums = backend._ROW, []
+    for values in rows.tolist():
+        if len(values) > 2 * row:
+            whole = len(values) // row * row
+            lines = [values[i : i + row] for i in range(0, whole, row)]
+            total = lines[0]
+            for line in lines[1:]:
+                total = [a + b for a, b in zip(total, line, strict=True)]
+            for place, value in enumerate(values[whole:]):
+                total[place] += value
+            values = total
+        while len(values) > 1:
+            half = len(values) // 2
+            added = [a + b for a, b in zip(values[:half], values[-half:], strict=True)]
+            values = added + values[half : len(values) - half]
+        sums.append(values[0])
+    return np.array(sums)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 1024, 2047, 2048, 2049, 3072, 3073, 5000])
+def test_neighbours_are_summed_in_an_order_of_our_own(length):
+    """The same with every NumPy, whose own order is another."""
+    rows = np.random.default_rng(length).standard_normal((5, length))
+    wanted = in_our_order(rows)
+    np.testing.assert_array_equal(backend._sum(rows.copy(), (1,)).ravel(), wanted)
+    one = backend._sum(rows.copy()[..., None], (1, 2))
+    assert one.shape == (5, 1, 1)
+    np.testing.assert_array_equal(one.ravel(), wanted)
+    columns = np.ascontiguousarray(rows.T)
+    in_turn = functools.reduce(np.add, columns)
+    np.testing.assert_array_equal(backend._sum(columns.copy(), (0,))[0], in_turn)
+    assert length < 100 or (wanted != in_turn).any()
+    both = backend._sum(columns.copy(), (0, 1))
+    np.testing.assert_array_equal(both.ravel(), in_our_order(in_turn[None]))
+    assert backend._sum(np.zeros((5, length)), ()).shape == (5, length)
