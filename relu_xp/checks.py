@@ -20,9 +20,12 @@ __all__ = ["check_mask", "check_out", "check_place", "check_shape", "fitting", "
 
 
 def serving(
-    function: str, argument: str, array: Any, activation: Activation, floating: bool = False
+    function: str, argument: str, array: Any, activation: Activation, floating: bool
 ) -> tuple[Backend, Rounded]:
-    """Return an array's backend, and the numbers as its dtype holds them, if they suit it."""
+    """Return an array's backend, and the numbers as its dtype holds them, if they suit it.
+
+    Integers are refused if `floating`.
+    """
     served: tuple[Backend, Rounded]
     try:
         served = activation.served[type(array), array.dtype]

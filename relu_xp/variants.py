@@ -592,7 +592,7 @@ def _drawn_slopes(
     except ValueError as error:
         raise ValueError(f"{function}: {error}") from error
     what = "what rng drew"
-    its_backend, numbers = serving(function, what, slopes, _RELU)
+    its_backend, numbers = serving(function, what, slopes, _RELU, floating=True)
     check_place(function, what, slopes, its_backend, backend.place(x), "x is")
     check_shape(function, what, slopes, x.shape, "x has")
     return slopes, numbers.width

@@ -341,7 +341,7 @@ def test_an_activation_is_built_once_and_frozen():
 
 def test_what_is_noted_is_no_part_of_an_activation():
     activation = Activation(threshold=0.5)
-    checks.serving("f", "x", np.ones(2), activation)
+    checks.serving("f", "x", np.ones(2), activation, floating=False)
     assert activation.rounded
     assert activation.served
     assert activation == Activation(threshold=0.5)
@@ -384,11 +384,11 @@ def test_an_activation_of_its_own_for_each_compilation(monkeypatch):
 
 def test_what_serves_is_asked_once_for_an_activation_and_a_dtype(monkeypatch):
     activation, x = Activation(0.5, 0.25, 2.0, 4.0), np.ones(2, np.float32)
-    backend, numbers = checks.serving("f", "x", x, activation)
+    backend, numbers = checks.serving("f", "x", x, activation, floating=False)
     monkeypatch.setattr(checks, "backend_for", None)
-    assert checks.serving("f", "x", x, activation) == (backend, numbers)
+    assert checks.serving("f", "x", x, activation, floating=False) == (backend, numbers)
     with pytest.raises(TypeError, match="not callable"):
-        checks.serving("f", "x", x.astype(np.float64), activation)
+        checks.serving("f", "x", x.astype(np.float64), activation, floating=False)
 
 
 def test_nothing_is_noted_while_a_compiler_traces(monkeypatch):
@@ -397,7 +397,7 @@ def test_nothing_is_noted_while_a_compiler_traces(monkeypatch):
     monkeypatch.setattr(activations, "compiles", lambda: True)
     activation = Activation(0.5, 0.25, 2.0, 4.0)
     for dtype in (np.float32, np.float16):
-        _, numbers = checks.serving("f", "x", np.ones(2, dtype), activation)
+        _, numbers = checks.serving("f", "x", np.ones(2, dtype), activation, floating=False)
         assert numbers.activation == activation
         assert numbers.dtype_name == np.dtype(dtype).name
     assert activation.served == {}
@@ -920,3 +920,42 @@ def test_a_refusal_tells_how_to_move_an_array(require):
         f"relu_vjp: mask was given, but x is {place}, whose masks the library makes itself; "
         "leave mask= away"
     )
+
+
+def test_a_number_is_what_its_numerator_says():
+    class Liar(Fraction):
+        def __float__(self):
+            return 5.0
+
+    x = np.array([2.0, 4.0])
+    assert relu_xp.relu(x, threshold=Liar(3)).tolist() == [0, 4]
+    message = "^threshold must be finite, got one beyond the range of float64$"
+    with pytest.raises(ValueError, match=message):
+        relu_xp.relu(x, threshold=Liar(10**400))
+
+
+def test_a_refusal_has_the_error_of_what_was_asked_for_its_cause():
+    class Broken(Fraction):
+        @property
+        def denominator(self):
+            raise LookupError
+
+        def __index__(self):
+            raise LookupError
+
+    with pytest.raises(TypeError, match="^threshold must be a real number, got Broken$") as refused:
+        relu_xp.relu(np.ones(2), threshold=Broken(1))
+    assert type(refused.value.__cause__) is LookupError
+    with pytest.raises(TypeError, match="axis must be a whole number, got Broken$") as refused:
+        relu_xp.crelu(np.ones((2, 2)), axis=Broken(1))
+    assert type(refused.value.__cause__) is LookupError
+
+
+@pytest.mark.parametrize("axis", [2**63 - 1, -(2**63) + 1])
+def test_an_axis_has_64_bits_at_most(axis):
+    x = np.ones((2, 2))
+    with pytest.raises(ValueError, match=rf"^crelu: x has shape \(2, 2\), and no axis {axis}$"):
+        relu_xp.crelu(x, axis=axis)
+    message = "^crelu: axis must be a whole number of 64 bits at most, got a larger one$"
+    with pytest.raises(ValueError, match=message):
+        relu_xp.crelu(x, axis=2 * axis)
