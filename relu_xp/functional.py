@@ -364,7 +364,10 @@ def forward(
     out: ArrayT | None,
     floating: bool = False,
 ) -> ArrayT:
-    """Return ``f(x)``, naming `function` where something is refused; integers if `floating`."""
+    """Return ``f(x)``, naming `function` where something is refused.
+
+    Integers are, if `floating`.
+    """
     backend, numbers = serving(function, "x", x, activation, floating)
     if out is not None and not backend.fits(out, x, x):
         check_out(function, out, x, "x", (x,), backend)

@@ -554,8 +554,8 @@ def _reusable(backend: Backend, array: Any, like: Any, dy: Any, out: Any) -> boo
 
 
 def _axis(function: str, x: Any, axis: int) -> int:
-    """Return an axis of x, counted from the first."""
-    axis, ndim = whole(f"{function}: axis", axis), len(x.shape)
+    """Return an axis of x, a whole number, counted from the first."""
+    ndim = len(x.shape)
     if not -ndim <= axis < ndim:
         raise ValueError(f"{function}: x has shape {tuple(x.shape)}, and no axis {axis}")
     return axis % ndim
@@ -564,7 +564,7 @@ def _axis(function: str, x: Any, axis: int) -> int:
 def _crelu(function: str, x: Any, axis: int, out: Any) -> tuple[Backend, int]:
     """Return the backend and the axis counted from the first, if x and out fit."""
     backend, _ = _serving(function, x)
-    axis = _axis(function, x, axis)
+    axis = _axis(function, x, whole(f"{function}: axis", axis))
     if math.isnan(x.shape[axis]):
         raise _of_unknown_length(function, axis)
     if out is not None:
