@@ -17,7 +17,7 @@ import numpy as np
 
 import relu_xp
 from bench import measure
-from bench.measure import Names, Row, Way, module, progress, verdict
+from bench.measure import Names, Row, module, progress, verdict
 
 RESULTS = Path(__file__).with_name("results") / "frameworks.json"
 LIMIT = 1.3
@@ -135,13 +135,13 @@ def _measured(seconds: float) -> list[Row]:
                     row["note"] = f"{library} is not installed"
                     continue
                 progress(f"{group}: {pair.operation}, {row['shape']} {dtype}")
-                ways = {"ours": Way("relu_xp", pair.ours), "theirs": Way(library, pair.theirs)}
+                codes = {"ours": pair.ours, "theirs": pair.theirs}
                 timed = measure.alternating(
-                    {name: measure.compiled(way, names, {}) for name, way in ways.items()},
+                    {name: measure.compiled(code, names) for name, code in codes.items()},
                     seconds=seconds,
                 )
-                row |= {f"{name}_code": way.code for name, way in ways.items()}
-                row |= {f"{name}_us": 1e6 * timed.median(name) for name in ways}
+                row |= {f"{name}_code": code for name, code in codes.items()}
+                row |= {f"{name}_us": 1e6 * timed.median(name) for name in codes}
                 spread = timed.spread(truediv, "ours", "theirs")
                 row |= spread.cells("ratio") | verdict(spread.median, at_most=LIMIT)
     return rows
@@ -165,10 +165,9 @@ def main() -> None:
     )
     options = parser.parse_args()
 
-    relu_xp.warmup()
     rows = _measured(0.4 if options.quick else 2.0)
     measure.print_table(rows, COLUMNS)
-    conditions = measure.conditions("torch", "jax", "llvmlite", "ml_dtypes")
+    conditions = measure.conditions("torch", "jax", "ml_dtypes")
     result = {
         "conditions": conditions | {"quick": options.quick},
         "rows": measure.rounded(rows),

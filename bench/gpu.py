@@ -381,16 +381,17 @@ def _source(dtype: str, preamble: str, arrays: str, body: str) -> str:
 
 
 def raw_source(name: str, dtype: str) -> str:
-    """Return plain ReLU's *many*, of a pass in `relu_xp.backends.cupy.PASSES`, as a RawKernel."""
+    """Return a RawKernel: plain ReLU, vectorized, of one of `relu_xp.backends.cupy.PASSES`."""
     backend = module("relu_xp.backends.cupy")
-    make, _, inputs, outputs = backend.PASSES[name]
+    kind, _, inputs, outputs = backend.PASSES[name]
     types = {"T": "T*", "uint8": "unsigned char*"}
     operands = [declared.split() for declared in inputs + outputs]
     arrays = ", ".join(f"{types[kind]} {operand}" for kind, operand in operands)
     given = ", ".join(operand for _, operand in operands)
-    made = f"{make}(family<T, false, false, false, false>(T(), T(), T(), T()), {given})"
-    loop = f"{_STRIDE.format('threads')} many<{backend._CHUNKS}>(pass, i, threads, n);"
-    body = f"using namespace relu_xp;\nconst auto pass = {made};\n{loop}"
+    made = kind.format("Activation<T, false, false, false, false>")
+    loop = f"{_STRIDE.format('threads')} vectorized<{backend._CHUNKS}>(pass, i, threads, n);"
+    fields = f"{{{{T(), T(), T(), T()}}, {given}}}"
+    body = f"using namespace relu_xp;\nconst {made} pass = {fields};\n{loop}"
     return _source(dtype, backend._PREAMBLE, arrays, body)
 
 
@@ -680,10 +681,10 @@ def _tune(card: Any, effort: Effort, dtype: str, elements: int) -> list[Row]:
     backend = module("relu_xp.backends.cupy")
     shared, ways, titles = {"copy": card.copy}, {COPY: Pass()}, {}
     for name, (operands, outputs, *moved) in TUNED.items():
-        tile = _member(name, dtype, backend._CHUNKS)._tile
-        threads = elements - elements // tile * (tile - backend._WARP)  # as `_Member.run` has it
+        tile = _launcher(name, dtype, backend._CHUNKS)._tile
+        threads = elements - elements // tile * (tile - backend._WARP)  # as `_Launcher.run` has it
         candidates = [
-            (f"{chunks} a thread", functools.partial(_member(name, dtype, chunks).run, False))
+            (f"{chunks} a thread", functools.partial(_launcher(name, dtype, chunks).run, None))
             for chunks in CHUNKS
         ]
         for title, blocks in (
@@ -709,7 +710,7 @@ def _tune(card: Any, effort: Effort, dtype: str, elements: int) -> list[Row]:
     return rows
 
 
-def _member(name: str, dtype: str, chunks: int) -> Any:
+def _launcher(name: str, dtype: str, chunks: int) -> Any:
     """Return plain ReLU's pass, made for so many chunks a thread."""
     backend = module("relu_xp.backends.cupy")
     numbers = Activation().round_to(dtype)
@@ -717,7 +718,7 @@ def _member(name: str, dtype: str, chunks: int) -> Any:
     try:
         backend._CHUNKS = chunks
         backend.kernel.cache_clear()
-        return backend._Member(name, numbers, numbers)
+        return backend._Launcher(name, numbers, numbers)
     finally:
         backend._CHUNKS = before
         backend.kernel.cache_clear()

@@ -32,85 +32,15 @@ _REST = 0.01  # seconds; OpenMP's workers, PyTorch's for one, spin for some 6 ms
 _WAITED = 0.03  # of its time: a timing whose threads waited longer for a CPU tells of others' work
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, calls: int, rounds: int
-) -> dict[str, list[float]]:
-    """Time candidates in turn, so that a busy moment of a shared machine hits all of them.
-
-    Parameters
-    ----------
-    candidates : mapping of name to function
-    calls : int
-        Calls in one timing.
-    rounds : int
-        Timings of each candidate.
-
-    Returns
-    -------
-    dict of name to list of float
-        Seconds a call, one figure a round.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for function in candidates.values():
-        for _ in range(calls):
-            function()
-    for _ in range(rounds):
-        for name, function in candidates.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                function()
-            seconds[name].append((time.perf_counter() - start) / calls)
-    return seconds
+Run = Callable[[int], object]  # makes that many calls
 
 
-def median_ratio(seconds: Mapping[str, list[float]], name: str, reference: str) -> float:
-    """Return the median, over the rounds, of one candidate's time over another's."""
-    return statistics.median(
-        mine / its for mine, its in zip(seconds[name], seconds[reference], strict=True)
-    )
-
-
-class Way(NamedTuple):
-    """One way to do it, as Python text: what is shown is what ran."""
-
-    library: str
-    code: str
-    arrays: int = 2  # that must be read or written; temporaries and masks are not counted
-
-
-class Candidate(NamedTuple):
-    """What `alternating` times."""
-
-    run: Callable[[int], object]  # makes that many calls
-    refill: Callable[[], object] | None = None  # for a call that overwrites its input; not timed
-
-
-def compiled(way: Way, names: Names, refilled: Mapping[str, tuple[str, str]]) -> Candidate:
-    """Return a way as a candidate.
-
-    Parameters
-    ----------
-    way : Way
-    names : dict
-        What its code finds.
-    refilled : mapping of name to (target, source)
-        Which array to copy into which before every call of code that has this name.
-
-    Returns
-    -------
-    Candidate
-    """
-    made: Names = {"repeat": itertools.repeat}
-    loop = f"def run(calls, repeat=repeat):\n    for _ in repeat(None, calls):\n        {way.code}"
-    exec(compile(loop, way.code, "exec"), names, made)
-    run = made["run"]
-    copies = {refilled[name] for name in run.__code__.co_names if name in refilled}
-
-    def refill() -> None:
-        for target, source in copies:
-            np.copyto(names[target], names[source])
-
-    return Candidate(run, refill if copies else None)
+def compiled(code: str, names: Names) -> Run:
+    """Return a function that runs code, which finds these names, so many times."""
+    made: dict[str, Run] = {}
+    loop = f"def run(calls, repeat=repeat):\n    for _ in repeat(None, calls):\n        {code}"
+    exec(compile(loop, code, "exec"), {**names, "repeat": itertools.repeat}, made)
+    return made["run"]
 
 
 def normal(shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
@@ -170,18 +100,18 @@ class Rounds:
 
 
 def alternating(
-    candidates: Mapping[str, Candidate], *, seconds: float, rest: bool = True, least: int = 5
+    runs: Mapping[str, Run], *, seconds: float, rest: bool = True, least: int = 5
 ) -> Rounds:
-    """Time candidates in turn, one after the other and then the other way round.
+    """Time functions in turn, one after the other and then the other way round.
 
     Parameters
     ----------
-    candidates : mapping of name to Candidate
-        A quick one is called several times in one timing.
+    runs : mapping of name to function
+        A quick one makes several calls in one timing.
     seconds : float
         How long to go on.
     rest : bool, optional
-        Whether to let the threads that the candidate before has left fall asleep.
+        Whether to let the threads that the one before has left fall asleep.
     least : int, optional
         Rounds to make even if they take longer.
 
@@ -189,19 +119,16 @@ def alternating(
     -------
     Rounds
     """
-    calls = {name: _calls(candidate) for name, candidate in candidates.items()}
-    rounds = Rounds(candidates)
-    order = list(candidates)
+    calls = {name: _calls(run) for name, run in runs.items()}
+    rounds = Rounds(runs)
+    order = list(runs)
     done, end = 0, time.perf_counter() + seconds
     while done < least or time.perf_counter() < end:
         for name in order:
-            candidate = candidates[name]
-            if candidate.refill:
-                candidate.refill()
             if rest:
                 _rest(calls[name] == 1)
             waited = _waited()
-            took = _timed(candidate, calls[name])
+            took = _timed(runs[name], calls[name])
             calm = _waited() - waited <= _WAITED * took * calls[name]
             rounds.add(name, took, calm)
         order.reverse()
@@ -209,20 +136,16 @@ def alternating(
     return rounds
 
 
-def _calls(candidate: Candidate) -> int:
-    """Return how many calls one timing takes, after one that loads, compiles and starts threads."""
-    if candidate.refill:
-        candidate.refill()
-    candidate.run(1)
-    if candidate.refill:
-        return 1
-    took = min(_timed(candidate, 1) for _ in range(3))
-    return 1 if took >= _SHORT else int(_ENOUGH / _timed(candidate, 20)) + 1
+def _calls(run: Run) -> int:
+    """Return how many calls one timing takes, after one that loads what it needs."""
+    run(1)
+    took = min(_timed(run, 1) for _ in range(3))
+    return 1 if took >= _SHORT else int(_ENOUGH / _timed(run, 20)) + 1
 
 
-def _timed(candidate: Candidate, calls: int) -> float:
+def _timed(run: Run, calls: int) -> float:
     start = time.perf_counter()
-    candidate.run(calls)
+    run(calls)
     return (time.perf_counter() - start) / calls
 
 
@@ -254,31 +177,6 @@ def _waited() -> float:
         for line in _lines(str(task)):
             nanoseconds += int(line.split()[1])
     return 1e-9 * nanoseconds
-
-
-def peak_growth(function: Callable[[], object]) -> int:
-    """Return by how many bytes a call makes the process's memory grow, at its peak."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
-        before = _status("VmRSS")
-        function()
-        return _status("VmHWM") - before
-    except OSError:  # not Linux, or not allowed: it is then the growth over all peaks before
-        before = _highest()
-        function()
-        return _highest() - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def _highest() -> int:
-    import resource  # not on Windows
-
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest if sys.platform == "darwin" else 1024 * highest
 
 
 def cpus() -> int:

@@ -1,6 +1,5 @@
 """One ReLU family, one set of rules, for every array library."""
 
-from relu_xp.dispatch import warmup
 from relu_xp.functional import (
     Pullback,
     clipped_relu,
@@ -24,6 +23,7 @@ from relu_xp.layers import (
     SquaredReLU,
     ThresholdedReLU,
 )
+from relu_xp.threads import get_num_threads, set_num_threads
 from relu_xp.variants import (
     VariantPullback,
     crelu,
@@ -54,6 +54,7 @@ __all__ = [
     "clipped_relu",
     "crelu",
     "crelu_vjp",
+    "get_num_threads",
     "leaky_relu",
     "prelu",
     "prelu_vjp",
@@ -64,8 +65,8 @@ __all__ = [
     "relu_vjp",
     "rrelu",
     "rrelu_vjp",
+    "set_num_threads",
     "squared_relu",
     "squared_relu_vjp",
     "thresholded_relu",
-    "warmup",
 ]

@@ -24,14 +24,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from relu_xp import __version__, dispatch, files, formulas, layers, plotting, training
+from relu_xp import __version__, dispatch, files, formulas, layers, plotting, threads, training
 from relu_xp.activation import FLOATING
-from relu_xp.backends import threads
 
 __all__ = ["main"]
 
 # Modules whose versions `info` tells; array libraries come from dispatch.
-_OPTIONAL = ("distributed", "ml_dtypes", "llvmlite", "sklearn", "tqdm", "matplotlib")
+_OPTIONAL = ("distributed", "ml_dtypes", "sklearn", "tqdm", "matplotlib")
 
 _NUMBERS = {
     "negative_slope": "slope at and below the threshold",
@@ -258,7 +257,8 @@ def _train(arguments: argparse.Namespace) -> int:
             if arguments.scheduler is not None:
                 stack.enter_context(training.connected(arguments.scheduler))
             setting = training.choose(arguments.backend)
-        except (dispatch.LibraryError, training.MissingExtraError) as error:
+            dispatch.kernels()
+        except (ValueError, training.MissingExtraError) as error:  # of the library or RELU_XP_CPU
             arguments.parser.error(str(error))
 
         _print_table(
@@ -435,10 +435,13 @@ def _version(module: str, distribution: str) -> str:
 
 def _kernels(library: str) -> str:
     """Tell what serves a library's arrays: the backend's module, and its kernels if any."""
-    module = dispatch.module_of(library)
-    if module == dispatch.COMPILED:
-        loader = importlib.import_module(f"{module}.loader").loader
-        return f"{module} ({loader.describe()})"
+    try:
+        module = dispatch.module_of(library)
+        if library == "numpy":
+            kernels = dispatch.kernels()
+            return f"{module} ({kernels.cpu.instruction_set if kernels.cpu else kernels.reason})"
+    except ValueError as error:  # of RELU_XP_CPU or RELU_XP_NUM_THREADS
+        return str(error)
     try:
         passes = importlib.import_module(module.partition(":")[0]).PASSES
     except (Exception, SystemExit):  # it has none, or its library is not there
@@ -482,7 +485,9 @@ def _cuda_version(number: int) -> str:
 def _threads() -> str:
     """Return how many threads serve NumPy arrays, or what is wrong with the setting."""
     try:
-        return f"{threads.count()} (CPUs that this process may use, or {threads.VARIABLE})"
+        count, kernels = threads.get_num_threads(), dispatch.kernels()
+        variable = kernels.NUM_THREADS
+        return f"{count} (CPUs that this process may use, or {variable})" if kernels.cpu else "1"
     except ValueError as error:
         return str(error)
 

@@ -19,7 +19,6 @@ import numbers
 import operator
 import struct
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 
 from relu_xp.tracing import compiles, compiling, constant
@@ -203,7 +202,12 @@ class _Format:
         if abs(value) >= limit:
             return math.copysign(math.inf, value)
         last_place = max(math.frexp(value)[1], 3 - self.max_exponent) - self.precision
-        units = round(Fraction(value) / Fraction(2) ** last_place)
+        if isinstance(value, int):  # not exact in float64
+            from fractions import Fraction
+
+            units = round(Fraction(value) / Fraction(2) ** last_place)
+        else:
+            units = round(math.ldexp(value, -last_place))
         rounded = math.ldexp(units, last_place)
         return math.copysign(math.inf, rounded) if abs(rounded) >= limit else rounded
 
@@ -225,6 +229,9 @@ _INTEGER = {
     for width in (8, 16, 32, 64)
     for prefix, low in (("", -1), ("u", 0))
 }
+DTYPES = (*_FLOATING, *_INTEGER)
+# Of the kernels: a general one computes with slopes that may be 0 or 1.
+_VARIANTS = ("plain", "leaky", "clipped", "general", "general clipped")
 
 
 def is_integer(dtype_name: str) -> bool:
@@ -269,6 +276,8 @@ class Rounded:
         differ, and both must read the mask alike.
     infinity_bits, threshold_bits, ceiling_bits : int
         Bit patterns. A ceiling of 0 has those of -0.0, because -0.0 reaches it.
+    record : bytes
+        The numbers as the compiled kernels read them: ``Numbers`` of kernels/cpu_kernels.h.
     """
 
     __slots__ = (
@@ -283,6 +292,7 @@ class Rounded:
         "pieces",
         "plain",
         "positive_slope",
+        "record",
         "self_above",
         "threshold",
         "threshold_bits",
@@ -328,6 +338,24 @@ class Rounded:
             self.infinity_bits = form.bits(math.inf)
             self.threshold_bits = form.bits(t)
             self.ceiling_bits = 0 if c is None else form.bits(c or -0.0)
+        self.record = self._record()
+
+    def _record(self) -> bytes:
+        a, b, c = self.negative_slope, self.positive_slope, self.max_value
+        if self.floating:
+            values = [self.bits(value) for value in (self.threshold, a, b, c or 0)]
+        else:
+            largest = _INTEGER[self.dtype_name][2]
+            words = (self.threshold, a, b, largest if c is None else c)
+            values = [int(word) % 2**64 for word in words]
+        if self.threshold != 0 or not self.self_above or not (self.zero_below or c is None):
+            variant = "general" if c is None else "general clipped"
+        elif c is not None:
+            variant = "clipped"
+        else:
+            variant = "plain" if self.zero_below else "leaky"
+        codes = DTYPES.index(self.dtype_name), _VARIANTS.index(variant), self.pieces == 3
+        return struct.pack("<4Q3b5x", *values, *codes)
 
     def __reduce__(self) -> tuple[Any, tuple[Activation, str]]:
         return Activation.round_to, (self.activation, self.dtype_name)

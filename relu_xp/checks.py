@@ -28,12 +28,12 @@ def serving(
     """
     served: tuple[Backend, Rounded]
     try:
-        served = activation.served[type(array), array.dtype]
+        served = activation.served[type(array)][array.dtype]
     except Exception:  # not seen before, or no array at all
         backend = backend_for(function, argument, array)
         served = backend, _rounded(function, argument, array, backend, activation, floating)
         if not compiling():
-            activation.served[type(array), array.dtype] = served
+            activation.served.setdefault(type(array), {})[array.dtype] = served
     if floating and not served[1].floating:
         raise _no_gradient(function, argument, array, served[0])
     return served

@@ -10,18 +10,19 @@ imported when the first array of its library arrives.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import os
 import sys
 from collections.abc import Hashable
 from importlib.machinery import PathFinder
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import array_api_compat
 import numpy as np
 
 from relu_xp.backends import Backend
 from relu_xp.tracing import constant
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = [
     "BACKENDS",
@@ -35,16 +36,14 @@ __all__ = [
     "how_to_move",
     "module_of",
     "namespace",
-    "warmup",
 ]
 
 ENTRY_POINTS = "relu_xp.backends"
-JIT = "RELU_XP_JIT"  # environment variable: 0 switches off what is compiled for the CPU
 
 BACKENDS: dict[type, Backend] = {}
 
 _BUILT_IN = {name: f"relu_xp.backends.{name}" for name in ("numpy", "cupy", "torch", "jax", "dask")}
-COMPILED = "relu_xp.backends.llvm"  # in place of the one for NumPy, where it can be had
+COMPILED = "relu_xp.backends.native"  # for NumPy arrays, where there are compiled kernels
 _GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
@@ -171,20 +170,14 @@ def module_of(name: str) -> str:
     entry_point = _third_party(name)
     if entry_point is not None:
         return entry_point.value
-    if name == "numpy" and os.environ.get(JIT) != "0" and PathFinder.find_spec("llvmlite"):
+    if name == "numpy" and kernels().cpu is not None:
         return COMPILED
     return _BUILT_IN.get(name, _GENERIC)
 
 
-def warmup() -> None:
-    """Make now what is otherwise made along the way: the compiled kernels for NumPy arrays.
-
-    Without it no call waits for them either: NumPy serves until they are there. It takes some
-    seconds, once on a machine, and far less when the disk has them. Does nothing where llvmlite is
-    not installed (extra ``jit``); ``relu-xp info`` tells.
-    """
-    if module_of("numpy") == COMPILED:
-        importlib.import_module(f"{COMPILED}.loader").loader.make_all()
+def kernels() -> Any:
+    """Return `relu_xp.kernels`, which loads the compiled module at the first call."""
+    return importlib.import_module("relu_xp.kernels")
 
 
 def _in_one_line(error: BaseException) -> str:
@@ -232,8 +225,10 @@ def _load(library: str) -> Backend:
     return cast(Backend, importlib.import_module(module_of(library)))
 
 
-def _third_party(library: str) -> importlib.metadata.EntryPoint | None:
+def _third_party(library: str) -> EntryPoint | None:
     """Return the entry point of another package's backend; ours come first."""
     if library in _BUILT_IN:
         return None
+    import importlib.metadata  # takes as long as all the rest of the package
+
     return next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=library)), None)

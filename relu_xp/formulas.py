@@ -20,7 +20,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from relu_xp import dispatch, training
+from relu_xp import training
 from relu_xp.activation import FLOATING, limits
 from relu_xp.backends.generic import dtype_name
 from relu_xp.functional import relu
@@ -315,8 +315,6 @@ def measure(
         raise ValueError(f"seed must be at least 0, got {seed}")
     setting = training.choose(backend)
     xp, dtype = setting.namespace, choose_dtype(setting, dtype)
-    if dispatch.module_of(setting.backend) == dispatch.COMPILED:
-        dispatch.warmup()
     what = f"{shape_text(shape)} of {dtype}"
     findings = {formula: where_wrong(formula, xp, dtype) for formula in FORMULAS}
     kinds = {formula: {finding.kind for finding in findings[formula]} for formula in FORMULAS}

@@ -78,6 +78,16 @@ def require(request):
     return load
 
 
+@pytest.fixture
+def native(request):
+    """The compiled kernels: a test that takes this needs them."""
+    if reason := LIBRARIES["native"].load():
+        unavailable(request.config, reason)
+    from relu_xp.kernels import cpu
+
+    return cpu
+
+
 def pytest_generate_tests(metafunc):
     """Run a test that takes ``xp`` over every library, and over each floating dtype it has if the
     test takes ``dtype``; with ``pytest.mark.libraries("strided")`` only over those that are so."""

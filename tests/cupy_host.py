@@ -418,7 +418,7 @@ def installed():
         with np.errstate(all="ignore"):
             return array(np.sum(to_numpy(x), axis))
 
-    backend._member.cache_clear()
+    backend._launcher.cache_clear()
     with (
         mock.patch.object(backend, "kernel", functools.cache(kernel)),
         mock.patch.object(backend, "variant", functools.cache(variant)),
@@ -431,4 +431,4 @@ def installed():
         cupy.cuda.using_allocator(allocate),
     ):
         yield launches
-    backend._member.cache_clear()
+    backend._launcher.cache_clear()

@@ -16,7 +16,7 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 class Library:
-    """NumPy itself, and what the others are told by.
+    """NumPy without compiled kernels, and what the others are told by.
 
     Attributes
     ----------
@@ -30,6 +30,8 @@ class Library:
         Whether `array` keeps strides of any kind, and memory; such a library has a packed mask.
     writable : bool
         Whether an array can be an ``out``.
+    ndarray, compiled : bool
+        Whether arrays are NumPy's, whether the compiled kernels serve them.
     """
 
     name = "numpy"
@@ -40,6 +42,14 @@ class Library:
     writable = True
     gpu = False
     backend = "numpy"  # that is to serve its arrays
+
+    @property
+    def ndarray(self):
+        return self.backend in ("numpy", "native")
+
+    @property
+    def compiled(self):
+        return self.backend == "native"
 
     def load(self):
         """Import the library; return why it cannot be, or None."""
@@ -57,48 +67,40 @@ class Library:
 
     def running(self):
         """Return the context manager that a test of the library runs in."""
-        if self.backend in ("numpy", "llvm"):
+        if self.ndarray:
             return serving_numpy(f"relu_xp.backends.{self.backend}")
         return contextlib.nullcontext()
 
 
-class Compiled(Library):
-    """NumPy arrays, and the kernels that LLVM compiles for them."""
+class Native(Library):
+    """NumPy arrays by the compiled kernels."""
 
-    name = "numpy_llvm"
-    backend = "llvm"
+    name = "native"
+    backend = "native"
 
     def load(self):
-        reason = _missing("llvmlite")
-        if reason is None:
-            import relu_xp
-            from relu_xp.backends.llvm.loader import loader
+        from relu_xp import kernels
 
-            relu_xp.warmup()
-            if loader.failure:
-                raise loader.failure
-        return reason
+        return kernels.reason or None
 
 
-class Streaming(Compiled):
+class Streaming(Native):
     """The same, as for arrays beyond the caches: every call by two threads past the caches."""
 
-    name = "numpy_llvm_streaming"
+    name = "native_streaming"
 
     @contextlib.contextmanager
     def running(self):
-        from relu_xp.backends import llvm
-        from relu_xp.backends.llvm.loader import loader
-        from relu_xp.backends.llvm.runtime import BOARD
+        from relu_xp.kernels import cpu
 
-        words = [BOARD[f"{name}_bytes"] for name in ("release", "threaded", "stream")]
-        before = loader.board[words]
-        with mock.patch.object(llvm, "_MANY", 0), super().running():
-            loader.board[words] = 0
-            try:
+        limits, threads = cpu.set_limits(0, 0, 0), cpu.get_num_threads()
+        cpu.set_num_threads(2)
+        try:
+            with super().running():
                 yield
-            finally:
-                loader.board[words] = before
+        finally:
+            cpu.set_limits(*limits)
+            cpu.set_num_threads(threads)
 
 
 @contextlib.contextmanager
@@ -312,7 +314,7 @@ class Cupy(Library):
 
 _ALL = (
     Library,
-    Compiled,
+    Native,
     Streaming,
     ArrayApiStrict,
     Torch,

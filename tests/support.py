@@ -15,9 +15,9 @@ from libraries import FLOATING, LIBRARIES
 README = Path(__file__).parents[1] / "README.md"
 
 TITLES = {
-    "numpy": "NumPy",
-    "numpy_llvm": "NumPy, extra `jit`",
-    "numpy_llvm_streaming": "NumPy, extra `jit`",
+    "native": "NumPy",
+    "native_streaming": "NumPy",
+    "numpy": "NumPy, without compiled kernels",
     "cupy": "CuPy",
     "cupy_host": "CuPy's kernels, on a CPU",
     "torch": "PyTorch",

@@ -392,13 +392,13 @@ def test_the_kernels_compile(gpu, compile_for, require, monkeypatch, dtype):
         compile_for(source, 90)
 
 
-def test_a_member_is_made_for_so_many_chunks(gpu, require):
+def test_a_launcher_is_made_for_so_many_chunks(gpu, require):
     require("cupy")
     backend = require("relu_xp.backends.cupy")
     before = backend._CHUNKS
-    members = {chunks: gpu._member("forward", "float32", chunks) for chunks in (1, 4)}
-    assert members[4]._tile == 4 * members[1]._tile
-    for chunks, member in members.items():
-        assert f"many<{chunks}>" in member._many.operation
+    launchers = {chunks: gpu._launcher("forward", "float32", chunks) for chunks in (1, 4)}
+    assert launchers[4]._tile == 4 * launchers[1]._tile
+    for chunks, launcher in launchers.items():
+        assert f"vectorized<{chunks}>" in launcher._vectorized.operation
     assert before == backend._CHUNKS
-    assert f"many<{before}>" in backend.kernel("forward", "", True).operation
+    assert f"vectorized<{before}>" in backend.kernel("forward", "", True).operation

@@ -334,9 +334,39 @@ def test_info_names_everything(info):
     assert list(found["Backends"]) == list(found["Kernels"]) == list(dispatch.LIBRARIES)
     assert set(dispatch.LIBRARIES) >= {"numpy", "cupy", "torch", "jax", "dask", "array_api_strict"}
     assert found["Backends"]["numpy"] == "available"
-    assert found["Kernels"]["numpy"].startswith(dispatch.module_of("numpy"))
+    kernels = dispatch.kernels()
+    detail = kernels.cpu.instruction_set if kernels.cpu else kernels.reason
+    assert found["Kernels"]["numpy"] == f"{dispatch.module_of('numpy')} ({detail})"
     assert found["Kernels"]["cupy"].startswith("relu_xp.backends.cupy")
-    assert re.match(r"[1-9]\d* ", found["CPU"]["threads"])
+    assert re.match(r"[1-9]\d*\b", found["CPU"]["threads"])
+
+
+def test_info_says_why_there_are_no_kernels(monkeypatch):
+    monkeypatch.setenv("RELU_XP_NATIVE", "0")
+    found = sections(run("info").stdout)
+    reason = "switched off by RELU_XP_NATIVE=0"
+    assert found["Kernels"]["numpy"] == f"relu_xp.backends.numpy ({reason})"
+    assert found["CPU"]["threads"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "flaw"),
+    [
+        ("RELU_XP_NUM_THREADS", "0", "RELU_XP_NUM_THREADS must be an integer, 1 or greater, "),
+        ("RELU_XP_NUM_THREADS", "two", "RELU_XP_NUM_THREADS must be an integer, 1 or greater, "),
+        ("RELU_XP_CPU", "z80", "RELU_XP_CPU must be x86-64-v2, x86-64-v3 or x86-64-v4, "),
+    ],
+)
+def test_a_variable_that_is_wrong_is_one_line(native, monkeypatch, variable, value, flaw):
+    monkeypatch.setenv(variable, value)
+    result = run("info")
+    assert (result.returncode, result.stderr) == (0, "")
+    found = sections(result.stdout)
+    message = f"{flaw}got {value!r}"
+    assert found["Kernels"]["numpy"] == found["CPU"]["threads"] == message
+    result = run("train", "--backend", "numpy")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"relu-xp train: error: {message}\n"
 
 
 def test_info_fits_80_columns(info):
@@ -491,7 +521,6 @@ class TestBrokenCupy:
                     continue
                 raise AssertionError(argument)
             assert main(["train", "--backend", "numpy", "--epochs", "1"]) == 0
-            relu_xp.warmup()
             assert "cupy" not in sys.modules
             try:
                 import cupy

@@ -28,25 +28,25 @@ PASSES = (
     "backward_from_input",
 )
 VARIANTS = (
-    "sloped",
-    "sloped_itself",
-    "scaled",
-    "factors",
-    "squared",
-    "backward_squared",
-    "both",
-    "pieces_of_both",
-    "backward_both",
+    "prelu",
+    "prelu_forward",
+    "scale",
+    "slopes",
+    "squared_relu",
+    "squared_relu_backward",
+    "crelu",
+    "crelu_mask",
+    "crelu_backward",
     "sums",
-    "rounded",
+    "round_to",
     "copy",
 )
 FLAT, CUBE, STRIDED = (1, True), (3, True), (3, False)  # axes, and whether they are in C order
-# The layouts that the kernels of a pass come in: whether it is *many*, and of what.
+# The layouts that the kernels of a pass come in: whether they are vectorized, and of what. Operands
+# that are dense in another order of their axes are permuted first: they come as "cube".
 FORMS = {
     "flat": (True, FLAT),
     "cube": (True, CUBE),
-    "Fortran": (True, STRIDED),
     "misaligned": (False, FLAT),
     "strided": (False, STRIDED),
 }
@@ -95,7 +95,7 @@ def members(name):
     every = [
         "".join(x for x in "tabc" if x in s + rest) for s in slopes for rest in ("", "t", "c", "tc")
     ]
-    if name == "forward_bits":  # a ceiling and a slope below make three pieces
+    if name == "forward_bits":  # a maximum and a negative slope make three branches
         return [given for given in every if not {"a", "c"} <= {*given}]
     if name == "forward_bytes":  # in which the slope may be one that x's dtype rounds to 0
         return [given for given in every if "c" in given]
@@ -112,8 +112,8 @@ def source(kernel, t, x, layout, small=True):
         is_array = p.name in ("x", "y", "g", "dy", "dx", "mask")
         types.append(of.get(p.ctype, p.dtype) if is_array else None)
         layouts.append((FLAT if p.name == "mask" else layout) if is_array else None)
-    many = all(p.raw for p, given in zip(kernel.params, types, strict=False) if given is not None)
-    return cupy_host.source(kernel, types, [*layouts, FLAT if many else layout], small)[0]
+    raw = all(p.raw for p, given in zip(kernel.params, types, strict=False) if given is not None)
+    return cupy_host.source(kernel, types, [*layouts, FLAT if raw else layout], small)[0]
 
 
 def _dtype(name):
@@ -124,8 +124,8 @@ def sources(backend, name, t, forms=tuple(FORMS), small=True):
     """Return all sources of a pass for a dtype, by (form, x's dtype, numbers given)."""
     found = {}
     for form, given in itertools.product(forms, members(name)):
-        many, layout = FORMS[form]
-        kernel = backend.kernel(name, given, many)
+        vectorized, layout = FORMS[form]
+        kernel = backend.kernel(name, given, vectorized)
         for x in oracle.DTYPES if name == "backward_from_input" else (t,):
             found[form, x, given] = source(kernel, t, x, layout, small)
     return found
@@ -151,10 +151,10 @@ def test_every_kernel_compiles(backend, name, t, architecture):
 
 def test_the_members_that_are_compiled_are_all_there_are(backend):
     possible = {
-        backend.kernel(name, given, many).name
+        backend.kernel(name, given, vectorized).name
         for name in PASSES
         for given in members(name)
-        for many in (True, False)
+        for vectorized in (True, False)
     }
     with LIBRARIES["cupy_host"].running() as launches:
         import cupy_host
@@ -214,14 +214,20 @@ def test_what_the_compiler_made(backend, name, t):
         assert re.match(rf"relu_xp_{name}_\w+_{number}\(", ptx), what
         assert not re.search(r"\.ftz\b", ptx), what
         assert not re.search(r"\b(ld|st)\.local\b|\.local \.align", ptx), what
-        check_products(ptx, t, x, given, what)
+        check_products(ptx, products(name, t, x, given), what)
         check_memory(ptx, expected_accesses(backend, name, t, x, form), what)
 
 
-def check_products(ptx, t, x, given, what):
+def products(name, t, x, given):
+    """Return the dtypes that a pass multiplies in."""
+    if name == "gradient":  # whose slopes are its results; b*x is compared with a maximum
+        return {t} if {*"bc"} <= {*given} else set()
+    return {t for letter in given if letter in "ab"} | {x for letter in given if letter == "f"}
+
+
+def check_products(ptx, dtypes, what):
     """A product is one instruction that -ftz leaves alone, and there is none that is not due."""
-    due = {t for letter in given if letter in "ab"} | {x for letter in given if letter == "f"}
-    wanted = {"mul.rn.f64" if dtype == "float64" else "mul.rn.f32" for dtype in due}
+    wanted = {"mul.rn.f64" if dtype == "float64" else "mul.rn.f32" for dtype in dtypes}
     assert set(re.findall(r"\b(?:mul|fma)\S*\.(?:f16|bf16|f32|f64)\S*", ptx)) == wanted, what
 
 
@@ -279,7 +285,7 @@ def test_what_the_assembler_made(backend, disassemble, name, t, architecture):
 
     found = {
         key: code
-        for key, code in sources(backend, name, t, ("flat", "Fortran")).items()
+        for key, code in sources(backend, name, t, ("flat", "cube")).items()
         if key[1] == t
     }
     cubin = cupy_host.compile_for(cupy_host.merge(found.values(), backend._PREAMBLE), architecture)
@@ -369,7 +375,7 @@ def test_the_checks_can_fail(backend):
     with pytest.raises(AssertionError):
         check_memory(ptx, [([4, 4], [4])], "late")
     with pytest.raises(AssertionError):
-        check_products(ptx, "float32", "float32", "a", "late")
+        check_products(ptx, {"float32"}, "late")
 
 
 def test_numbers_are_arguments_not_source(backend):
@@ -384,9 +390,10 @@ def test_numbers_are_arguments_not_source(backend):
         assert cupy_host._compiled.cache_info().misses <= before + 1
         relu_xp.relu(x)
         relu_xp.relu(x, negative_slope=1e-60)  # which float32 rounds to 0
-    assert [name for name, _ in launches] == [*["relu_xp_forward_tac_many"] * 4] + [
-        "relu_xp_forward_many"
-    ] * 2
+    assert [name for name, _ in launches] == [
+        *["relu_xp_forward_tac_vectorized"] * 4,
+        *["relu_xp_forward_vectorized"] * 2,
+    ]
 
 
 # ---- The source run on the CPU ------------------------------------------------------------------
@@ -459,7 +466,7 @@ def test_tails_and_misaligned_views(backend, dtype):
                 launches.clear()
                 _, pullback = relu_xp.relu_vjp(xs, out=y, mask=mask[0], **numbers)
                 pullback(dys, out=dx)
-                form = "many" if aligned and mask_start == 0 else "one"
+                form = "vectorized" if aligned and mask_start == 0 else "strided"
                 assert size == 0 or all(name.endswith(form) for name, _ in launches)
                 for one, bits in zip((y, mask[0], dx), wanted[1:4], strict=True):
                     check_bits(cupy_host.to_numpy(one), bits, f"{size} {start}")
@@ -467,7 +474,7 @@ def test_tails_and_misaligned_views(backend, dtype):
                 relu_xp.relu(xs, out=y, **numbers)
                 relu_xp.relu_backward(dys, xs, out=dx, **numbers)
                 relu_xp.relu_grad(xs, out=g, **numbers)
-                form = "many" if aligned else "one"
+                form = "vectorized" if aligned else "strided"
                 assert size == 0 or all(name.endswith(form) for name, _ in launches)
                 for one, bits in zip((y, dx, g), (wanted[0], *wanted[4:]), strict=True):
                     check_bits(cupy_host.to_numpy(one), bits, f"{size} {start}")
@@ -508,24 +515,24 @@ def test_what_stops_a_device_stops_the_host(backend, flaw):
     assert message in done.stderr
 
 
-# ---- Which kernel serves ------------------------------------------------------------------------
+# ---- Which kernel runs --------------------------------------------------------------------------
 
 
 def layouts():
-    """Return arrays of one shape, laid out otherwise, and which kernel is to serve them."""
+    """Return arrays of one shape in several layouts, and which kernel is to run on each."""
     host = np.arange(6 * 8, dtype=np.float32).reshape(6, 8) - 20
     wide = np.zeros((6, 16), np.float32)
     tall = np.zeros((12, 8), np.float32)
     flat = np.zeros(49, np.float32)
     return {
-        "C": (host, "many"),
-        "Fortran": (np.asfortranarray(host), "many"),
-        "columns": (wide[:, ::2], "one"),
-        "rows": (tall[::2], "one"),
-        "reversed": (host.copy()[::-1], "one"),
-        "part of rows": (wide[:, :8], "one"),
-        "misaligned": (flat[1:].reshape(6, 8), "one"),
-        "broadcast": (np.broadcast_to(host[0], (6, 8)), "one"),
+        "C": (host, "vectorized"),
+        "Fortran": (np.asfortranarray(host), "vectorized"),
+        "columns": (wide[:, ::2], "strided"),
+        "rows": (tall[::2], "strided"),
+        "reversed": (host.copy()[::-1], "strided"),
+        "part of rows": (wide[:, :8], "strided"),
+        "misaligned": (flat[1:].reshape(6, 8), "strided"),
+        "broadcast": (np.broadcast_to(host[0], (6, 8)), "strided"),
     }
 
 
@@ -552,11 +559,11 @@ def test_the_layout_chooses_the_kernel(backend, layout):
         for kind, numbers in {"bits": {}, "bytes": {"negative_slope": 0.5, "max_value": 3}}.items():
             ac, a = ("_ac", "_a") if numbers else ("", "")
             check(f"forward{ac}_{form}", relu_xp.relu, x, **numbers)
-            check(f"forward{ac}_one", relu_xp.relu, x, **numbers, out=otherwise)
+            check(f"forward{ac}_strided", relu_xp.relu, x, **numbers, out=otherwise)
             _, pullback = check(f"forward_{kind}{ac}_{form}", relu_xp.relu_vjp, x, **numbers)
-            for dy, its_form in ((alike, "many"), (otherwise, "one"), (x, form)):
+            for dy, its_form in ((alike, "vectorized"), (otherwise, "strided"), (x, form)):
                 check(f"backward_{kind}{a}_{its_form}", pullback, dy)
-                both = "many" if form == its_form == "many" else "one"
+                both = "vectorized" if form == its_form == "vectorized" else "strided"
                 check(f"backward_from_input{ac}_{both}", relu_xp.relu_backward, dy, x, **numbers)
 
 
@@ -564,7 +571,7 @@ def test_small_and_empty_arrays(backend):
     with LIBRARIES["cupy_host"].running() as launches:
         import cupy_host
 
-        for shape, form in (((), "one"), ((1,), "many"), ((1, 1, 1), "many")):
+        for shape, form in (((), "strided"), ((1,), "vectorized"), ((1, 1, 1), "vectorized")):
             x = cupy_host.array(np.full(shape, 3.0, np.float32))
             launches.clear()
             assert relu_xp.relu_vjp(x)[1](x).shape == shape

@@ -14,13 +14,11 @@ import pytest
 import relu_xp
 from relu_xp import dispatch
 from relu_xp.backends import Backend, generic
-from relu_xp.backends import llvm as llvm_backend
 from relu_xp.backends import numpy as numpy_backend
 from relu_xp.testing.conformance import check_signatures
 
 HEAVY = (
     "cupy",
-    "llvmlite",
     "dask",
     "distributed",
     "torch",
@@ -49,9 +47,10 @@ def test_the_check_of_imports_can_fail(require):
     assert loaded_after("import relu_xp, tqdm") == {"tqdm"}
 
 
-def test_signatures_equal_the_protocols(require):
-    modules = [numpy_backend, llvm_backend, generic]
-    modules += [require(f"relu_xp.backends.{name}") for name in ("cupy", "torch", "jax", "dask")]
+def test_signatures_equal_the_protocols(require, native):
+    modules = [numpy_backend, generic]
+    names = ("native", "cupy", "torch", "jax", "dask")
+    modules += [require(f"relu_xp.backends.{name}") for name in names]
     wanted = [name for name in vars(Backend) if inspect.isfunction(vars(Backend)[name])]
     wanted = sorted(name for name in wanted if not name.startswith("_"))
     for module in modules:
@@ -132,38 +131,59 @@ def test_a_third_partys_backend_is_named_without_importing_it(monkeypatch):
     assert asked == [("relu_xp.backends", "foreign"), ("relu_xp.backends", "unknown")], "ours first"
 
 
+def test_kernels_serve_numpy_where_they_can_be_had(native, monkeypatch):
+    assert dispatch.kernels().cpu is native
+    assert dispatch.module_of("numpy") == "relu_xp.backends.native" == dispatch.COMPILED
+    monkeypatch.setattr(dispatch.kernels(), "cpu", None)
+    assert dispatch.module_of("numpy") == "relu_xp.backends.numpy"
+    assert dispatch.module_of("torch") == "relu_xp.backends.torch"
+
+
+@pytest.mark.parametrize("variable", [None, "1", "", "0"])
+def test_kernels_can_be_left_unused(native, python, variable):
+    script = """
+        import sys
+        import numpy
+        import relu_xp
+
+        assert "relu_xp.kernels" not in sys.modules, "before an array is there"
+        assert relu_xp.relu(numpy.array([-1.0, 2.0])).tolist() == [0, 2]
+        print(*sorted({"relu_xp.backends.native", "relu_xp.kernels._cpu"} & set(sys.modules)))
+        print(relu_xp.dispatch.kernels().reason)
+    """
+    off = variable == "0"
+    names = "" if off else "relu_xp.backends.native relu_xp.kernels._cpu"
+    reason = "switched off by RELU_XP_NATIVE=0" if off else ""
+    assert python(script, RELU_XP_NATIVE=variable) == f"{names}\n{reason}\n"
+
+
 @pytest.mark.parametrize(
-    ("found", "variable", "name"),
+    ("error", "reason"),
     [
-        (True, None, "llvm"),
-        (True, "1", "llvm"),
-        (True, "", "llvm"),
-        (True, "0", "numpy"),
-        (False, None, "numpy"),
+        ("ModuleNotFoundError('no such module')", "not compiled: there was no C++ compiler when"),
+        ("ImportError('version GLIBCXX')", "not loaded: version GLIBCXX"),
     ],
 )
-def test_kernels_serve_numpy_where_they_can_be_had(monkeypatch, found, variable, name):
-    made, looked_for = [], []
-    loader = types.SimpleNamespace(make_all=lambda: made.append(True))
-    modules = {"relu_xp.backends.llvm.loader": types.SimpleNamespace(loader=loader)}
-    monkeypatch.setattr(dispatch.importlib, "import_module", modules.__getitem__)
+def test_numpy_serves_where_the_module_cannot_be_had(python, error, reason):
+    script = f"""
+        import sys
 
-    class Finder:
-        @staticmethod
-        def find_spec(name):
-            looked_for.append(name)
-            return found or None
+        class Finder:
+            def find_spec(name, path=None, target=None):
+                if name == "relu_xp.kernels._cpu":
+                    raise {error}
 
-    monkeypatch.setattr(dispatch, "PathFinder", Finder)
-    if variable is None:
-        monkeypatch.delenv("RELU_XP_JIT", raising=False)
-    else:
-        monkeypatch.setenv("RELU_XP_JIT", variable)
-    assert dispatch.module_of("numpy") == f"relu_xp.backends.{name}"
-    assert dispatch.module_of("torch") == "relu_xp.backends.torch"
-    assert set(looked_for) == (set() if variable == "0" else {"llvmlite"})
-    relu_xp.warmup()
-    assert made == [True] * (name == "llvm")
+        sys.meta_path.insert(0, Finder)
+        import numpy
+        import relu_xp
+
+        assert relu_xp.relu(numpy.array([-1.0, 2.0])).tolist() == [0, 2]
+        print(relu_xp.dispatch.backend_for("f", "x", numpy.ones(1)).__name__)
+        print(relu_xp.dispatch.kernels().reason)
+    """
+    module, found = python(script).splitlines()
+    assert module == "relu_xp.backends.numpy"
+    assert found.startswith(reason)
 
 
 def test_a_tensor_makes_all_kinds_of_tensors_known(require, monkeypatch):

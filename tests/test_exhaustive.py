@@ -21,7 +21,7 @@ from conftest import unavailable
 from libraries import LIBRARIES, parameter
 
 import relu_xp
-from relu_xp.backends import threads
+from relu_xp import kernels
 from relu_xp.testing import oracle
 
 FORM = oracle.Format("float32")
@@ -35,7 +35,7 @@ MEMBERS = {"relu": {}, "relu6": {"max_value": 6.0}, "leaky_relu": {"negative_slo
 
 LIFE = contextlib.ExitStack()  # of a process that checks blocks
 
-PATHS = [parameter(LIBRARIES[name]) for name in ("numpy", "numpy_llvm", "cupy_host", "cupy")]
+PATHS = [parameter(LIBRARIES[name]) for name in ("numpy", "native", "cupy_host", "cupy")]
 
 
 class Block:
@@ -154,7 +154,7 @@ def check(library, number):
 
 def serve(name):
     """Make a process ready to check blocks over a library, with one thread."""
-    os.environ[threads.VARIABLE] = "1"
+    relu_xp.set_num_threads(1)
     LIBRARIES[name].load()
     LIFE.enter_context(LIBRARIES[name].running())
 
@@ -173,7 +173,7 @@ def test_every_pattern(library, request, require, capsys):
         unavailable(request.config, reason, gpu=library.gpu)
     tqdm = require("tqdm").tqdm
     pool = concurrent.futures.ProcessPoolExecutor(
-        threads.count(), multiprocessing.get_context("spawn"), serve, (library.name,)
+        len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"), serve, (library.name,)
     )
     often = 0.2 if sys.stderr.isatty() else 20
     with pool, capsys.disabled(), tqdm(total=1 << 32, unit_scale=True, mininterval=often) as bar:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import relu_xp
-from relu_xp import dispatch, formulas, training
+from relu_xp import formulas, training
 from relu_xp.__main__ import main
 from relu_xp.formulas import FORMULAS, Finding, Formula, Measured, Row
 
@@ -254,7 +254,6 @@ def test_only_the_formula_is_timed(monkeypatch):
     monkeypatch.setattr(
         training, "choose", lambda backend: training.Setting("numpy", Slow(), "cpu")
     )
-    monkeypatch.setattr(dispatch, "warmup", lambda: None)
     measured = formulas.measure("numpy", shape=(5,), repeats=2)
     assert measured.rows[0].seconds == (1, 1)
 

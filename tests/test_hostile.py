@@ -561,13 +561,13 @@ class Life(RuleBasedStateMachine):
         self.layer.rng = before
 
 
-LIVES = {"numpy": 120, "numpy_llvm": 120, "numpy_llvm_streaming": 40}  # of a library
+LIVES = {"numpy": 120, "native": 120, "native_streaming": 40}  # of a library
 ELSEWHERE = ("array_api_strict", "torch", "jax")
 
 
 def live(library, examples, **options):
     """Let layers live, as a library's; fail where one does not keep to the model."""
-    other = LIBRARIES["array_api_strict" if "numpy" in library.name else "numpy"]
+    other = LIBRARIES["array_api_strict" if library.name in LIVES else "numpy"]
     machine = type("Life", (Life,), {"home": library, "other": other})
     run_state_machine_as_test(
         machine,
@@ -636,7 +636,7 @@ def test_faults_are_found(home, fault):
 
 # ---- arrays that lie ----------------------------------------------------------------------------
 
-BACKENDS = ("numpy", "numpy_llvm")
+BACKENDS = ("numpy", "native")
 
 
 @pytest.fixture(params=BACKENDS)
@@ -1424,7 +1424,6 @@ PAGES = """
     sys.path.insert(0, tests)
     import relu_xp
     from libraries import LIBRARIES, serving_numpy
-    from relu_xp.backends import numpy as alone
     from relu_xp.testing import oracle
 
     protect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -1473,7 +1472,15 @@ PAGES = """
             return
         yield "squared", lambda x, dy, out, mask: relu_xp.squared_relu(x, out=out)
         yield "rrelu", lambda x, dy, out, mask: relu_xp.rrelu(x, rng=halfway, out=out)
+        yield "squared, dy", lambda x, dy, out, mask: relu_xp.squared_relu_vjp(x)[1](dy, out=out)
         yield "prelu", lambda x, dy, out, mask: relu_xp.prelu(x, slope, axis=0, out=out)
+        row = lambda dy: dy if dy.ndim == 1 else dy[:, 0]
+        yield "slopes", lambda x, dy, out, mask: relu_xp.prelu(x, row(dy), axis=0, out=out)
+        yield "their gradient", lambda x, dy, out, mask: relu_xp.prelu_vjp(
+            x, np.zeros(len(x)), axis=0
+        )[1](dy, out=out)[1]
+        integers = lambda a: None if a is None else a.view(f"i{a.itemsize}")
+        yield "integers", lambda x, dy, out, mask: relu_xp.relu(integers(x), out=integers(out))
         yield "pieces", lambda x, dy, out, mask: relu_xp.crelu_vjp(x, axis=0)[1](
             np.concatenate([dy, dy]), out=out
         )
@@ -1513,15 +1520,13 @@ PAGES = """
                 whole = size and size % 3 == 0 and not beyond
                 layouts = ["contiguous", "columns"] if compiled else LAYOUTS
                 check(dtype, size, few, layouts if whole else ["contiguous"])
-            if name == "numpy":
-                alone._BLOCK, alone._THREADED = 1 << 10, 1 << 12
             if not compiled:
                 check(dtype, 30_003, many, LAYOUTS)
 """
 
 
 class TestPages:
-    @pytest.fixture(params=["numpy", "numpy_llvm", "numpy_llvm_streaming", "cupy_host"])
+    @pytest.fixture(params=["numpy", "native", "native_streaming", "cupy_host"])
     def library(self, request):
         if sys.platform != "linux":
             unavailable(request.config, "mprotect is called as on Linux")
@@ -1534,42 +1539,6 @@ class TestPages:
 
     def test_the_check_sees_one_element_more(self, python, library):
         python(PAGES, TESTS, library, 1, status=-signal.SIGSEGV)
-
-
-# The caller of kernels is handed what is no array, or takes the class for one of NumPy's.
-CLASSES = """
-    import sys
-    import numpy as np
-    import relu_xp
-    from relu_xp.activation import Activation, Rounded
-    from relu_xp.backends import llvm
-    from relu_xp.backends.llvm.loader import loader
-    from relu_xp.backends.llvm.runtime import BOARD
-
-    relu_xp.warmup()
-
-    class Liar(bytes):
-        pass
-
-    member = llvm._member(Rounded(Activation(), "float32"))
-    assert member.prepare()
-    liar, x = Liar(b"\\0" * 32 + b"\\3\\5" + b"\\0" * 62), np.ones(24, np.float32)
-    if "believed" in sys.argv:
-        loader.board[BOARD["memmap"]] = id(Liar)
-    assert loader.call(member.forward, 24, None, liar) is None
-    assert loader.call(member.forward, 24, liar, x) is None
-    assert loader.call(member.backward_from_input, 24, None, x, liar) is None
-    assert loader.fits(liar, x, x, 96) is loader.fits(x, liar, x, 96) is False
-    assert loader.fits(x, x, liar, 96) is False
-    assert loader.fits(x, x, x, 96) is True
-    assert loader.call(member.forward, 24, None, x).tolist() == [1] * 24
-"""
-
-
-def test_kernels_take_arrays_alone(require, python):
-    require("llvmlite")
-    python(CLASSES, timeout=300)
-    python(CLASSES, "believed", timeout=300, status=-signal.SIGSEGV)
 
 
 # Anything may be refused, and nothing may crash.

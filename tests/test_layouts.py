@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import itertools
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import relu_xp
+from relu_xp import backends
 from relu_xp import mask as masks
 from relu_xp.testing import oracle
 
@@ -163,44 +164,129 @@ def test_0d_and_empty_arrays_stay_arrays(xp, dtype, shape):
             assert xp.numpy(result).dtype == x.dtype
 
 
-@pytest.mark.libraries("strided")
-def test_the_layout_of_x_is_kept(xp):
-    for shape in ((3, 4), (300, 400)):
-        host = np.ones(shape, np.float32)
-        for x, dy in ((host, np.asfortranarray(host)), (np.asfortranarray(host), host)):
-            for numbers in ({}, {"negative_slope": 0.5}):
-                y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
-                of_x = [y, relu_xp.relu(xp.array(x), **numbers), relu_xp.relu_grad(xp.array(x))]
-                of_x.append(relu_xp.relu_backward(xp.array(dy), xp.array(x), **numbers))
-                assert {a.flags.f_contiguous for a in of_x} == {x.flags.f_contiguous}
-                assert pullback(xp.array(dy)).flags.f_contiguous == dy.flags.f_contiguous
+def laid_out(values, order):
+    """Return an array with axes in an order of memory, from the slowest to the fastest."""
+    return np.ascontiguousarray(values.transpose(order)).transpose(np.argsort(order))
+
+
+ORDERS = list(itertools.permutations(range(3)))
+# Shapes, and the order of their axes in memory.
+DENSE = [
+    *(((3, 5, 7), order) for order in ORDERS),
+    *(((4, 1, 9), order) for order in ORDERS),
+    ((2, 5, 3, 7), (0, 2, 3, 1)),  # NHWC, seen as NCHW
+    ((1, 2, 1, 3, 5), (4, 0, 1, 3, 2)),
+    ((300, 401), (1, 0)),
+    ((70, 30, 40), (1, 2, 0)),
+    ((0, 3, 2), (2, 0, 1)),
+    ((9,), (0,)),
+]
+# What is not dense, made of an array of three axes.
+SPARSE = {
+    "reversed": lambda a: a[::-1],
+    "reversed Fortran": lambda a: np.asfortranarray(a)[:, ::-1],
+    "reversed whole": lambda a: a.transpose(2, 0, 1)[::-1, ::-1, ::-1],
+    "gaps": lambda a: a[:, ::2],
+    "gaps, permuted": lambda a: a.transpose(1, 2, 0)[:, 1:],
+    "broadcast": lambda a: np.broadcast_to(a[:, :1], a.shape),
+    "windows": lambda a: np.lib.stride_tricks.sliding_window_view(a, 2, 0),
+}
 
 
 @pytest.mark.libraries("strided")
-@pytest.mark.parametrize("fortran", [False, True])
-@pytest.mark.parametrize("shape", [(), (0, 3), (9,), (3, 5, 7), (300, 401)])
-def test_the_mask_is_what_its_format_says(xp, fortran, shape):
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal(shape).astype(np.float32)
-    x = np.array(x, order="F" if fortran else "C")
-    order = "F" if x.flags.fnc else "C"
-    for numbers in ({}, {"max_value": 0.5}, {"threshold": -0.5, "positive_slope": 2.0}):
+@pytest.mark.parametrize("shape", [(3, 5, 7), (30, 40, 50)], ids=str)
+def test_the_layout_of_x_is_kept(xp, shape):
+    host = np.ones(shape, np.float32)
+    views = [laid_out(host, order) for order in ORDERS] + [view(host) for view in SPARSE.values()]
+    for x in views:
+        dy = np.ones(x.shape, x.dtype)
+        for numbers in ({}, {"negative_slope": 0.5}):
+            y, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
+            of_x = [y, relu_xp.relu(xp.array(x), **numbers), relu_xp.relu_grad(xp.array(x))]
+            of_x.append(relu_xp.relu_backward(xp.array(dy), xp.array(x), **numbers))
+            assert {a.strides for a in of_x} == {np.empty_like(x).strides}
+            assert pullback(xp.array(dy)).strides == dy.strides
+            _, pullback = relu_xp.relu_vjp(xp.array(dy), **numbers)
+            assert pullback(xp.array(x)).strides == np.empty_like(x).strides
+
+
+def check_mask(xp, x, in_order):
+    """Compare the masks of an array with what `in_order` makes of which elements are kept.
+
+    And what backward makes of them, whatever the layout of a gradient is.
+    """
+    gradient = np.random.default_rng(4).standard_normal(x.shape).astype(np.float32)
+    gradients = [gradient, np.asfortranarray(gradient), laid_out(gradient, (*range(1, x.ndim), 0))]
+    gradients += [np.flip(np.flip(gradient).copy()), np.broadcast_to(gradient[:1], x.shape)]
+    for numbers in (
+        {},
+        {"max_value": 0.5},
+        {"threshold": -0.5, "positive_slope": 2.0},
+        {"max_value": 0.5, "negative_slope": 0.25},
+    ):
         t, b = numbers.get("threshold", 0.0), numbers.get("positive_slope", 1.0)
-        keep = (x > t) & (b * x < numbers.get("max_value", np.inf))
-        _, pullback = relu_xp.relu_vjp(xp.array(x), **numbers)
-        saved = pullback._saved
-        wanted = np.packbits(keep.ravel(order), bitorder="little")
-        got = xp.numpy(saved.data)
-        np.testing.assert_array_equal(got[: wanted.size], wanted)
-        assert wanted.size <= got.size <= wanted.size + 7
-        assert pullback.saved_nbytes == got.nbytes
-        assert (saved.shape, saved.fortran, saved.pieces) == (shape, order == "F", 2)
-        on_host = masks.Mask(got, saved.shape, saved.fortran, 2)
-        np.testing.assert_array_equal(masks.unpack(on_host), keep)
-    _, pullback = relu_xp.relu_vjp(xp.array(x), max_value=0.5, negative_slope=0.1)
-    codes = (x > 0) * (1 + (x >= 0.5))
-    np.testing.assert_array_equal(xp.numpy(pullback._saved.data), codes.ravel(order))
-    assert pullback.saved_nbytes == x.size
+        a, c = numbers.get("negative_slope", 0.0), numbers.get("max_value", np.inf)
+        branches = (x > t) * (1 + (b * x >= c)).astype(np.uint8)
+        if a:
+            pieces, wanted = 3, in_order(branches)
+        else:
+            pieces, wanted = 2, np.packbits(in_order(branches == 1), bitorder="little")
+        mask = np.full(wanted.size + 20, 0x5A, np.uint8)
+        for memory in (None, xp.array(mask)):
+            _, pullback = relu_xp.relu_vjp(xp.array(x), mask=memory, **numbers)
+            got = xp.numpy(pullback._saved.data)
+            np.testing.assert_array_equal(got[: wanted.size], wanted)
+            assert wanted.size <= got.size <= wanted.size + 7
+            assert pullback.saved_nbytes == got.nbytes
+            on_host = masks.Mask(got, pullback._saved.axes)
+            found = masks.unpack(on_host, x.shape, pieces)
+            np.testing.assert_array_equal(found, branches if pieces == 3 else branches == 1)
+            for dy in gradients:
+                dx = xp.numpy(pullback(xp.array(dy)))
+                factors = np.choose(branches, np.array([a, b, 0], np.float32))
+                np.testing.assert_array_equal(dx, np.where(factors == 0, 0, factors * dy))
+        assert memory is None or (xp.numpy(memory)[wanted.size + 7 :] == 0x5A).all()
+
+
+@pytest.mark.libraries("strided")
+@pytest.mark.parametrize(("shape", "order"), DENSE, ids=str)
+def test_the_mask_counts_in_the_order_of_memory(xp, shape, order):
+    values = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    check_mask(xp, laid_out(values, order), lambda keep: keep.transpose(order).ravel())
+
+
+@pytest.mark.libraries("strided")
+@pytest.mark.parametrize("view", SPARSE)
+@pytest.mark.parametrize("shape", [(5, 6, 7), (50, 30, 40)], ids=str)
+def test_the_mask_of_other_arrays_counts_in_c_order(xp, shape, view):
+    x = SPARSE[view](np.random.default_rng(3).standard_normal(shape).astype(np.float32))
+    check_mask(xp, x, np.ravel)
+
+
+@pytest.mark.libraries("strided")
+def test_the_mask_of_a_0d_array_is_a_byte(xp):
+    for value, wanted in ((-1.0, 0), (2.0, 1)):
+        _, pullback = relu_xp.relu_vjp(xp.array(np.array(value)))
+        assert xp.numpy(pullback._saved.data)[0] == wanted
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "channels_last"], ids=str)
+def test_the_mask_of_tensors_counts_in_the_order_of_memory(require, order):
+    torch = require("torch")
+    if order == "channels_last":
+        x = torch.randn(2, 5, 3, 7).to(memory_format=torch.channels_last)
+        order = (0, 2, 3, 1)
+    else:
+        x = torch.from_numpy(laid_out(np.random.default_rng(3).standard_normal((3, 5, 7)), order))
+    y, pullback = relu_xp.relu_vjp(x, negative_slope=0.5)
+    keep = (x > 0).numpy()
+    packed = np.packbits(keep.transpose(order), bitorder="little")
+    np.testing.assert_array_equal(pullback._saved.data[: packed.size], packed)
+    assert y.stride() == x.stride()
+    for dy in (x, x.contiguous()):
+        dx = pullback(dy)
+        assert torch.equal(dx, torch.where(x > 0, dy, dy * 0.5))
+        assert dx.stride() == dy.stride()
 
 
 @pytest.mark.libraries("strided")
@@ -288,86 +374,6 @@ def test_a_mask_that_is_read_only_is_refused():
     mask.flags.writeable = False
     with pytest.raises(ValueError, match="relu_vjp: mask is read-only"):
         relu_xp.relu_vjp(np.ones(3), mask=mask)
-
-
-@pytest.fixture
-def spare(monkeypatch):
-    """The memory that is kept for masks to come: none yet."""
-    memory = collections.deque()
-    monkeypatch.setattr(masks, "_spare", memory)
-    return memory
-
-
-LARGE = masks._LARGE
-
-
-@pytest.mark.parametrize("nbytes", [0, 1, LARGE - 1, LARGE, LARGE + 1])
-def test_the_memory_of_a_mask_has_its_length(spare, nbytes):
-    for _ in range(2):  # the second from what is spare
-        memory = masks.buffer(nbytes)
-        assert (memory.shape, memory.dtype) == ((nbytes,), np.uint8)
-        memory[:] = 0x5A
-        del memory
-
-
-def test_the_memory_of_a_large_mask_serves_the_next_of_its_size(spare):
-    """Also where several sizes alternate, as the layers of a network do."""
-    sizes = (LARGE, LARGE + 8, LARGE + 16)
-    held = [masks.buffer(size) for size in sizes]
-    addresses = [memory.ctypes.data for memory in held]
-    assert not spare
-    for _ in range(2):
-        held.clear()
-        assert sorted(memory.size for memory in spare) == sorted(sizes)
-        for at in (1, 0, 2):
-            held.append(masks.buffer(sizes[at]))
-            assert held[-1].ctypes.data == addresses[at]
-        held.sort(key=len)
-    small = masks.buffer(LARGE - 1)
-    del small
-    assert not spare, "malloc keeps what is small"
-
-
-def test_memory_of_sizes_that_are_no_longer_asked_for_is_given_back(spare):
-    held = [masks.buffer(LARGE), masks.buffer(LARGE + 8)]
-    held.clear()
-    assert len(spare) == 2
-    masks.buffer(LARGE + 16)
-    assert [memory.size for memory in spare] == [LARGE + 16]
-
-
-def test_only_so_much_memory_is_kept(spare, monkeypatch):
-    monkeypatch.setattr(masks, "_SPARE_MOST", 3 * LARGE)
-    held = [masks.buffer(LARGE) for _ in range(5)]
-    held.clear()
-    assert len(spare) == 3
-
-
-def test_another_thread_may_take_the_last_memory(spare, monkeypatch):
-    class Raced(collections.deque):
-        def popleft(self):
-            self.clear()
-            raise IndexError
-
-    monkeypatch.setattr(masks, "_spare", Raced([np.zeros(LARGE, np.uint8)]))
-    assert masks.buffer(LARGE).size == LARGE
-
-
-def test_the_memory_of_a_mask_is_not_lent_again_while_the_process_ends(python):
-    """What others do at exit comes after what `weakref.finalize` would do there."""
-    script = """
-        import atexit
-
-        @atexit.register
-        def check():
-            print(numpy.shares_memory(held, mask.buffer(mask._LARGE)), end="")
-
-        import numpy
-        from relu_xp import mask
-
-        held = mask.buffer(mask._LARGE)
-    """
-    assert python(script) == "False"
 
 
 def test_the_mask_is_ours_alone(xp):
@@ -487,6 +493,106 @@ def test_outs_that_overlap_are_refused(xp):
     windows = xp.array(np.lib.stride_tricks.as_strided(host, (6, 3), (4, 4)))
     with pytest.raises(ValueError, match="relu: out is a broadcast view"):
         relu_xp.relu(xp.array(np.zeros((6, 3), np.float32)), out=windows)
+
+
+# Disjoint parts of an array of shape (8, 12): x, dy and an out.
+DISJOINT = {
+    "channels": (np.s_[:, :4], np.s_[:, 4:8], np.s_[:, 8:]),
+    "rows": (np.s_[2::3, :], np.s_[1:7:3, :], np.s_[:6:3, :]),
+    "columns": (np.s_[:, ::3], np.s_[:, 1::3], np.s_[:, 2::3]),
+    "both": (np.s_[::2, ::2], np.s_[1::2, 1::2], np.s_[::2, 1::2]),
+}
+
+
+@pytest.mark.libraries("writable")
+@pytest.mark.parametrize("parts", DISJOINT.values(), ids=DISJOINT)
+def test_an_out_between_the_elements_of_an_input(xp, parts):
+    """A4: what shares no memory is accepted, and nothing else is written."""
+    host = np.random.default_rng(7).standard_normal((8, 12)).astype(np.float32)
+    of_x, of_dy, of_out = parts
+    numbers = {"negative_slope": 0.5, "max_value": 1.0}
+    x, dy = (xp.array(host[part].copy()) for part in (of_x, of_dy))
+    _, pullback = relu_xp.relu_vjp(x, **numbers)
+
+    def check(call, wanted):
+        memory = xp.array(host.copy())
+        out = memory[of_out]
+        result = call(memory[of_x], memory[of_dy], out)
+        assert (result[0] if isinstance(result, tuple) else result) is out
+        expected = host.copy()
+        expected[of_out] = xp.numpy(wanted)
+        np.testing.assert_array_equal(xp.numpy(memory), expected)
+
+    check(lambda x, dy, out: relu_xp.relu(x, **numbers, out=out), relu_xp.relu(x, **numbers))
+    check(lambda x, dy, out: relu_xp.relu(x, out=out), relu_xp.relu(x))
+    check(lambda x, dy, out: relu_xp.relu_vjp(x, **numbers, out=out), relu_xp.relu(x, **numbers))
+    check(
+        lambda x, dy, out: relu_xp.relu_grad(x, **numbers, out=out), relu_xp.relu_grad(x, **numbers)
+    )
+    check(lambda x, dy, out: pullback(dy, out=out), pullback(dy))
+    check(
+        lambda x, dy, out: relu_xp.relu_backward(dy, x, **numbers, out=out),
+        relu_xp.relu_backward(dy, x, **numbers),
+    )
+    check(lambda x, dy, out: relu_xp.squared_relu(x, out=out), relu_xp.squared_relu(x))
+
+
+def test_the_imaginary_part_as_an_out(require):
+    z = np.array([-1 + 5j, 2 - 7j])
+    assert relu_xp.relu(z.real, out=z.imag).tolist() == [0, 2]
+    assert z.tolist() == [-1 + 0j, 2 + 2j]
+    z = require("torch").tensor([-1 + 5j, 2 - 7j])
+    assert relu_xp.relu(z.real, out=z.imag).tolist() == [0, 2]
+    assert z.tolist() == [-1 + 0j, 2 + 2j]
+
+
+@pytest.mark.libraries("writable")
+@pytest.mark.parametrize(
+    ("of_x", "of_out"),
+    [
+        (np.s_[:5], np.s_[4:9]),
+        (np.s_[0:20:2], np.s_[18:38:2]),
+        (np.s_[0:7:3], np.s_[2:11:4]),
+        (np.s_[0:16:5], np.s_[:13:4]),  # the first of both, and no other
+    ],
+    ids=str,
+)
+def test_one_shared_element_is_refused(xp, of_x, of_out):
+    host = np.arange(-20.0, 20.0, dtype=np.float32)
+    memory = xp.array(host.copy())
+    x, out = memory[of_x], memory[of_out]
+    fresh = xp.array(host[of_x].copy())
+    for call in (
+        lambda: relu_xp.relu(x, out=out),
+        lambda: relu_xp.relu_vjp(x, out=out),
+        lambda: relu_xp.relu_grad(x, out=out),
+        lambda: relu_xp.relu_backward(fresh, x, out=out),
+        lambda: relu_xp.relu_backward(x, fresh, out=out),
+        lambda: relu_xp.relu_vjp(fresh)[1](x, out=out),
+    ):
+        with pytest.raises(ValueError, match="out overlaps an input without being the same"):
+            call()
+    np.testing.assert_array_equal(xp.numpy(memory), host)
+
+
+def test_an_out_of_which_it_would_take_long_to_find_out_is_refused(monkeypatch):
+    memory = np.arange(-35.0, 35.0)
+    x = np.lib.stride_tricks.as_strided(memory, (2, 3, 2), (17 * 8, 8, 7 * 8))
+    out = np.lib.stride_tricks.as_strided(memory[5:], (2, 3, 2), (9 * 8, 16 * 8, 15 * 8))
+    assert relu_xp.relu(x, out=out) is out
+    monkeypatch.setattr(backends, "_MAX_WORK", 1)
+    with pytest.raises(ValueError, match="relu: out overlaps an input without being the same"):
+        relu_xp.relu(x, out=out)
+
+
+@pytest.mark.libraries("strided")
+def test_a_mask_between_the_elements_of_an_input(xp):
+    host = np.random.default_rng(8).standard_normal((4, 64)).astype(np.float32)
+    memory = xp.array(host)
+    mask = memory[1].view(np.uint8)[8:24]
+    y, pullback = relu_xp.relu_vjp(memory[::2], mask=mask)
+    np.testing.assert_array_equal(xp.numpy(mask), np.packbits(host[::2] > 0, bitorder="little"))
+    np.testing.assert_array_equal(xp.numpy(pullback(y)), np.maximum(host[::2], 0))
 
 
 @pytest.mark.parametrize("library", ["jax.numpy", "dask.array"])

@@ -1,4 +1,4 @@
-"""NumPy alone: what warns, what flushes, what the accident of numpy.maximum is worth."""
+"""NumPy arrays, by compiled kernels or without: what warns, what flushes, what is summed how."""
 
 from __future__ import annotations
 
@@ -6,27 +6,19 @@ import functools
 
 import numpy as np
 import pytest
-from libraries import serving_numpy
 
 import relu_xp
-from relu_xp.backends import numpy as backend
+from relu_xp import dispatch
+from relu_xp.backends import numpy as fallback
 from relu_xp.testing import oracle
 
-
-@pytest.fixture(autouse=True)
-def alone():
-    """Let NumPy serve by itself, also where there are kernels."""
-    with serving_numpy("relu_xp.backends.numpy"):
-        yield
+pytestmark = pytest.mark.libraries("ndarray")
 
 
-@pytest.fixture(params=["numpy.maximum", "integers"])
-def way(request, monkeypatch):
-    """Either way of plain ReLU: the fast one, and the one where numpy.maximum is not exact."""
-    if request.param == "integers":
-        monkeypatch.setattr(backend, "_ZERO", {})
-        backend._constants.cache_clear()
-        monkeypatch.setattr(backend, "_constants", backend._constants.__wrapped__)
+@pytest.fixture
+def backend(xp):
+    """The module that serves."""
+    return dispatch.backend_for("test", "x", np.ones(1))
 
 
 def results(x, dy, numbers):
@@ -65,8 +57,10 @@ def operands(dtype):
     return x, oracle.gradients(dtype, x.size).view(form.dtype)
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
-def test_both_ways_of_plain_relu_agree(way, dtype):
+@pytest.mark.parametrize("obeys", [True, False])
+def test_plain_relu_with_and_without_numpy_maximum(xp, dtype, obeys, monkeypatch):
+    if not obeys:
+        monkeypatch.setattr(fallback, "_maximum_obeys", lambda dtype: False)
     x, dy = operands(dtype)
     compare(results(x, dy, {}), dtype, "relu")
     for part in (np.s_[::2], np.s_[::-1], np.s_[7:12]):
@@ -76,10 +70,10 @@ def test_both_ways_of_plain_relu_agree(way, dtype):
         )
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
+@pytest.mark.libraries("ndarray", "compiled")
 @pytest.mark.parametrize("member", ["relu", "relu6", "thresholded", "negative-ceiling"])
-def test_right_under_flush_to_zero(way, flush_to_zero, dtype, member):
-    """F4 where integers can do it, which is everywhere but in a product."""
+def test_right_under_flush_to_zero(xp, flush_to_zero, dtype, member):
+    """F4 where integers are compared, which is everywhere but in a product."""
     x, dy = operands(dtype)
     form = oracle.Format(dtype)
     with flush_to_zero():
@@ -92,19 +86,53 @@ def test_right_under_flush_to_zero(way, flush_to_zero, dtype, member):
     )
 
 
-@pytest.mark.parametrize("dtype", oracle.DTYPES)
 @pytest.mark.parametrize("member", oracle.MEMBERS)
-def test_silent_even_where_numpy_would_raise(dtype, member):
+def test_silent_even_where_numpy_would_raise(xp, dtype, member):
     x, dy = operands(dtype)
     with np.errstate(all="raise"):
         compare(results(x, dy, oracle.MEMBERS[member]), dtype, member)
 
 
-def test_numpy_is_asked_whether_its_floats_are_exact(monkeypatch):
+@pytest.mark.parametrize("its_dtype", oracle.DTYPES)
+def test_no_result_is_of_a_wider_dtype(xp, dtype, its_dtype):
+    """Nor a scalar: NumPy makes float32 of a bfloat16 array and a number, and scalars of 0-d."""
+    for shape in ((2, 3), (), (0, 2)):
+        x = np.full(shape, -1.5, oracle.DTYPES[dtype])
+        dy = np.full(shape, 2.5, oracle.DTYPES[its_dtype])
+        for numbers in oracle.MEMBERS.values():
+            found = results(x, dy, numbers)
+            assert {type(one) for one in found.values()} == {np.ndarray}
+            of_dy = {name: found.pop(name).dtype for name in ("relu_backward", "pullback")}
+            assert set(of_dy.values()) == {dy.dtype}
+            assert {one.dtype for one in found.values()} == {x.dtype}
+        weight = np.full(1, 0.25, x.dtype) if shape else np.array(0.25, x.dtype)
+        for y, pullback in (
+            relu_xp.prelu_vjp(x, weight, axis=0),
+            relu_xp.rrelu_vjp(x, rng=np.random.default_rng(0)),
+            relu_xp.squared_relu_vjp(x),
+        ):
+            dx = pullback(dy)
+            dx, *more = dx if isinstance(dx, tuple) else (dx,)
+            assert [type(one) for one in (y, dx, *more)] == [np.ndarray] * (2 + len(more))
+            assert (y.dtype, dx.dtype) == (x.dtype, dy.dtype)
+            assert all(one.dtype == weight.dtype for one in more)
+
+
+@pytest.fixture
+def probe():
+    """What NumPy's maximum was found to be is asked anew, and forgotten afterwards."""
+    fallback._maximum_obeys.cache_clear()
+    yield fallback._maximum_obeys.__wrapped__
+    fallback._maximum_obeys.cache_clear()
+
+
+def test_numpy_is_asked_whether_its_maximum_is_exact(probe, monkeypatch):
     """The probe can say no: to each of the ways in which a maximum may break the table."""
     float32 = np.dtype(np.float32)
     exact = np.maximum
-    assert backend._floats_are_exact(float32)  # on the machines that we test on
+    assert probe(float32)  # on the machines that we test on
+    assert probe(np.dtype(np.uint8))
+    assert not probe(np.dtype(np.float16))
 
     def keeps_negative_zero(x, zero):
         return np.where(x >= zero, x, exact(x, zero))
@@ -142,45 +170,42 @@ def test_numpy_is_asked_whether_its_floats_are_exact(monkeypatch):
     for impostor in (*impostors, flushes, warns, *layouts):
         with monkeypatch.context() as patch:
             patch.setattr(np, "maximum", impostor)
-            assert not backend._floats_are_exact(float32), impostor.__name__
-
-    monkeypatch.setattr(np, "less_equal", lambda x, zero: ~np.greater(x, zero))  # of a NaN, too
-    assert not backend._floats_are_exact(float32)
+            assert not probe(float32), impostor.__name__
 
 
-def test_a_maximum_that_is_not_exact_is_not_used(python):
-    """Nor a comparison: what is asked when the package is imported decides."""
-    script = """
-        import numpy as np
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_maximum_that_is_not_exact_is_not_used(probe, monkeypatch, exact):
+    """One that is, is."""
+    maximum, sizes = np.maximum, []
 
-        exact = np.maximum
+    def recorded(x, zero, out=None):
+        sizes.append(x.size)
+        y = maximum(x, zero, out=out)
+        return y if exact else np.copyto(y, -0.0, where=y == 0) or y
 
-        def keeps_negative_zero(x, zero, out=None):
-            y = exact(x, zero, out=out)
-            return np.copyto(y, -0.0, where=y == 0) or y
-
-        np.maximum = keeps_negative_zero
-        import relu_xp
-
-        for dtype in (np.float32, np.float64):
-            for shape in ((3,), (1000, 3)):
-                x = np.broadcast_to(np.array([-0.0, -1, 2], dtype), shape).copy()
-                assert np.signbit(np.maximum(x, 0)).any()
-                for y in (relu_xp.relu(x), relu_xp.relu_vjp(x)[0]):
-                    assert not np.signbit(y).any()
-    """
-    python(script, RELU_XP_JIT=0)
+    monkeypatch.setattr(np, "maximum", recorded)
+    for dtype in ("float32", "float64"):
+        numbers = relu_xp.ReLU().activation.round_to(dtype)
+        for shape in ((3,), (1000, 3)):
+            x = np.broadcast_to(np.array([-0.0, -1, 2], dtype), shape).copy()
+            for y in (
+                fallback.forward(numbers, x, None),
+                fallback.forward(numbers, x, np.empty_like(x)),
+                fallback.forward_saving(numbers, x, None, None)[0],
+            ):
+                assert not np.signbit(y).any()
+    assert ({3, 3000} <= set(sizes)) == exact
 
 
-@pytest.mark.parametrize("dtype", [np.dtype(c) for c in "bhilqBHILQ"], ids=lambda d: d.char)
-def test_integers_go_forward(dtype):
-    info = np.iinfo(dtype)
-    x = np.array([info.min, 0, 1, 2, 7, info.max], dtype)
+@pytest.mark.parametrize("kind", [np.dtype(c) for c in "bhilqBHILQ"], ids=lambda d: d.char)
+def test_integers_go_forward(xp, kind):
+    info = np.iinfo(kind)
+    x = np.array([info.min, 0, 1, 2, 7, info.max], kind)
     y = relu_xp.relu(x)
-    assert y.dtype == dtype
+    assert y.dtype == kind
     np.testing.assert_array_equal(y, np.maximum(x, 0))
     np.testing.assert_array_equal(relu_xp.relu6(x), np.clip(x, 0, 6))
-    assert relu_xp.relu6(x).dtype == dtype
+    assert relu_xp.relu6(x).dtype == kind
     np.testing.assert_array_equal(
         relu_xp.relu(x[2:5], threshold=1, positive_slope=3, negative_slope=2), [2, 6, 21]
     )
@@ -189,7 +214,7 @@ def test_integers_go_forward(dtype):
     np.testing.assert_array_equal(x, [0, 0, 1, 2, 6, 6])
 
 
-def test_integers_need_whole_numbers_in_range():
+def test_integers_need_whole_numbers_in_range(xp):
     x = np.array([1], np.uint8)
     for numbers in ({"negative_slope": 0.01}, {"threshold": -1}, {"max_value": 256}):
         with pytest.raises(ValueError, match="relu: x: .* is not a whole number that uint8 holds"):
@@ -200,183 +225,15 @@ def test_integers_need_whole_numbers_in_range():
     np.testing.assert_array_equal(relu_xp.relu(x, threshold=big), [0, big + 1])
 
 
-def test_byte_swapped_arrays_are_refused():
+def test_byte_swapped_arrays_are_refused(xp):
     x = np.ones(3, np.dtype(np.float32).newbyteorder())
     with pytest.raises(TypeError, match=r"relu: x: byte-swapped dtype .* x\.astype\('float32'\)"):
         relu_xp.relu(x)
 
 
-# ---- Blocks, parts and threads ------------------------------------------------------------------
-
-
-@pytest.fixture
-def cut(monkeypatch):
-    """Return a function that makes blocks small, and says from how many elements threads work."""
-    calls = []
-
-    def cut(block, threaded):
-        monkeypatch.setattr(backend, "_BLOCK", block)
-        monkeypatch.setattr(backend, "_THREADED", threaded)
-        return calls
-
-    run = backend.threads.run
-
-    def counting(function, parts):
-        parts = list(parts)
-        calls.append(len(parts))
-        run(function, parts)
-
-    monkeypatch.setattr(backend.threads, "run", counting)
-    return cut
-
-
-def blocks_of(fortran, *arrays):
-    """Return what `_each_block` calls a function with, in order."""
-    parts = []
-    backend._each_block(lambda *part: parts.append(part), fortran, *arrays)
-    return sorted(parts, key=lambda part: part[0].start if part[0] else 0)
-
-
-@pytest.mark.parametrize("threaded", [1 << 60, 41, 40, 0])
-@pytest.mark.parametrize("size", [17, 24, 40])
-def test_a_block_is_a_slice_of_every_array(cut, size, threaded):
-    calls = cut(16, threaded)
-    x, y = np.arange(size), np.arange(size) + 0.5
-    one = np.broadcast_to(np.float32(7), (size,))
-    parts = blocks_of(False, x, y, one)
-    slices = [slice(start, min(start + 16, size)) for start in range(0, size, 16)]
-    assert [part[0] for part in parts] == slices
-    for part, xs, ys, ones in parts:
-        assert xs.tolist() == list(range(part.start, part.stop))
-        assert np.shares_memory(xs, x)
-        assert np.array_equal(ys, xs + 0.5)
-        assert ones.tolist() == [7] * xs.size
-    assert calls == [len(slices)] * (size >= threaded)
-
-
-def test_blocks_are_of_the_order_that_the_arrays_have(cut):
-    cut(16, 1 << 60)
-    x = np.arange(42.0).reshape(6, 7)
-    one = np.broadcast_to(np.float64(7), x.shape)
-    for fortran, array in ((False, x), (True, np.asfortranarray(x))):
-        parts = blocks_of(fortran, array, one)
-        assert len(parts) == 3
-        flat = np.concatenate([xs for _, xs, _ in parts])
-        np.testing.assert_array_equal(flat, x.ravel("F" if fortran else "C"))
-        # What has another order goes whole, and all that goes with it.
-        other = np.array(x, order="C" if fortran else "F")
-        for arrays in ((array, x[:, ::-1]), (x[:, ::-1], array), (array, other)):
-            ((part, *whole),) = blocks_of(fortran, *arrays)
-            assert part is None
-            assert all(a is b for a, b in zip(whole, arrays, strict=True))
-    ((part, same),) = blocks_of(False, x[:2, :8])
-    assert part is None
-    assert same.shape == (2, 7)
-
-
-def test_what_is_small_goes_whole(cut):
-    cut(16, 1 << 60)
-    for shape in ((16,), (4, 4), (0,), (1,)):
-        x, y = np.zeros(shape), np.zeros(shape)
-        ((part, *arrays),) = blocks_of(False, x, y)
-        assert part is None
-        assert arrays[0] is x
-        assert arrays[1] is y
-    x = np.zeros(())
-    ((part, array),) = blocks_of(False, x)
-    assert part is None
-    assert array.shape == (1,)
-    assert np.shares_memory(array, x)
-
-
-@pytest.mark.parametrize("threaded", [1 << 60, 61, 60, 0])
-def test_a_part_is_some_rows_of_every_array(cut, threaded):
-    calls = cut(16, threaded)
-    x = np.arange(60).reshape(10, 6)
-    row, column = x[:1], x[:, :1]
-    parts = []
-    backend._each_part(lambda *arrays: parts.append(arrays), x, row, column)
-    parts.sort(key=lambda part: part[0][0, 0])
-    assert [len(xs) for xs, _, _ in parts] == [2] * 5, "as many rows as a block takes, not more"
-    np.testing.assert_array_equal(np.concatenate([xs for xs, _, _ in parts]), x)
-    np.testing.assert_array_equal(np.concatenate([columns for *_, columns in parts]), column)
-    assert all(rows.shape == (1, 6) for _, rows, _ in parts)
-    assert calls == [5] * (threaded <= 60)
-
-
-def test_parts_of_every_shape(cut):
-    cut(16, 1 << 60)
-    for shape, lengths in (
-        ((), [1]),
-        ((3, 40), [1, 1, 1]),  # a row is longer than a block
-        ((16,), [16]),
-        ((17,), [16, 1]),
-        ((0, 5), []),
-        ((4, 0), [4]),
-        ((1, 5), [1]),
-    ):
-        x = np.zeros(shape)
-        parts = backend._parts(x, x)
-        assert [len(xs) for xs, _ in parts] == lengths, shape
-        assert all(xs.ndim for xs, _ in parts)
-
-
-@pytest.mark.parametrize("threaded", [1 << 60, 0])
-@pytest.mark.parametrize("block", [8, 64])
-def test_however_an_array_is_cut_the_result_is_the_same(cut, block, threaded):
-    rng = np.random.default_rng(11)
-    base, gradient = rng.standard_normal((2, 26, 14)).astype(np.float32) * 2
-    views = (
-        lambda a: a,
-        np.asfortranarray,
-        lambda a: a[::2, ::-1],
-        lambda a: a.ravel()[: 5 * block],
-        lambda a: np.broadcast_to(a[:1, :1], a.shape),
-        lambda a: np.broadcast_to(a[:, :1], a.shape),
-        lambda a: a.reshape(13, 2, 14).transpose(2, 0, 1),
-    )
-
-    def everything(x, dy):
-        found = []
-        for member in ("relu", "leaky", "relu6", "clipped-leaky", "everything"):
-            found += results(x, dy, oracle.MEMBERS[member]).values()
-        weight = np.linspace(0, 1, x.shape[0], dtype=np.float32)
-        for slopes in (weight, weight[1:2]):
-            y, pullback = relu_xp.prelu_vjp(x, slopes, axis=0)
-            found += [y, *pullback(dy)]
-        y, pullback = relu_xp.rrelu_vjp(x, rng=np.random.default_rng(1))
-        found += [y, pullback(dy)]
-        y, pullback = relu_xp.crelu_vjp(x, axis=0)
-        found += [y, pullback(np.concatenate([dy, dy[::-1]]))]
-        y, pullback = relu_xp.squared_relu_vjp(x)
-        return [*found, y, pullback(dy)]
-
-    for view in views:
-        for its_gradient in (view(gradient), view(gradient).copy(), view(base)):
-            x = view(base)
-            wanted = everything(x, its_gradient)
-            cut(block, threaded)
-            got = everything(x, its_gradient)
-            for one, other in zip(got, wanted, strict=True):
-                assert one.dtype == other.dtype
-                np.testing.assert_allclose(one, other, rtol=1e-6 if one.ndim == 1 else 0)
-            cut(1 << 16, 1 << 20)
-
-
-def test_arrays_in_fortran_order_are_cut_too(cut):
-    x = np.asfortranarray(np.linspace(-1, 1, 60, dtype=np.float32).reshape(6, 10))
-    calls = cut(16, 0)
-    _, pullback = relu_xp.relu_vjp(x, negative_slope=0.5)
-    relu_xp.relu(x)
-    relu_xp.relu(x, negative_slope=0.5)
-    relu_xp.relu_backward(x, x)
-    pullback(x)
-    assert calls == [4] * 5
-
-
-def test_a_sum_of_infinities_is_silent(cut):
+def test_a_sum_of_infinities_is_silent(xp, monkeypatch):
     """In whatever parts they lie."""
-    cut(4, 1 << 60)
+    monkeypatch.setattr(fallback, "_PART", 4)
     weight = np.full(1, 0.5, np.float32)
     for dy in ([3e38, -np.inf], [np.inf, -np.inf], [3e38, 3e38], [np.nan, 1]):
         dy = np.repeat(np.array(dy, np.float32), 4)
@@ -389,14 +246,14 @@ def test_a_sum_of_infinities_is_silent(cut):
         np.testing.assert_array_equal(found, [expected])
 
 
-def test_slopes_alone_are_themselves():
+def test_slopes_alone_are_themselves(backend):
     slopes = np.array([0.0, -0.5, 1.0, 3.0], np.float32)
     factors = backend.sloped(None, None, slopes, None)
     assert factors.dtype == np.float32
     np.testing.assert_array_equal(factors, slopes)
 
 
-def test_squared_relus_gradient_is_rounded_twice():
+def test_squared_relus_gradient_is_rounded_twice(xp):
     """To float32, and from there to float16: from float64 some would be others."""
     rng = np.random.default_rng(12)
     x = (rng.random(100_000) + 0.5).astype(np.float32)
@@ -408,8 +265,8 @@ def test_squared_relus_gradient_is_rounded_twice():
 
 
 def in_our_order(rows):
-    """Return the sum of each row, added as `_sum` says: one element of a row at a time."""
-    row, sums = backend._ROW, []
+    """Return the sum of each row: 1,024 neighbours at a time side by side, and those by halves."""
+    row, sums = 1024, []
     for values in rows.tolist():
         if len(values) > 2 * row:
             whole = len(values) // row * row
@@ -429,18 +286,35 @@ def in_our_order(rows):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 100, 1024, 2047, 2048, 2049, 3072, 3073, 5000])
-def test_neighbours_are_summed_in_an_order_of_our_own(length):
+def test_the_slopes_gradient_is_summed_in_an_order_of_our_own(backend, length):
     """The same with every NumPy, whose own order is another."""
-    rows = np.random.default_rng(length).standard_normal((5, length))
+    rows = -np.abs(np.random.default_rng(length).standard_normal((5, length)))
+
+    def found(terms, *shape):
+        total = backend.slopes_gradient(np.ones_like(terms), terms, np.zeros(shape), None)
+        assert total.shape == shape
+        return total.ravel()
+
     wanted = in_our_order(rows)
-    np.testing.assert_array_equal(backend._sum(rows.copy(), (1,)).ravel(), wanted)
-    one = backend._sum(rows.copy()[..., None], (1, 2))
-    assert one.shape == (5, 1, 1)
-    np.testing.assert_array_equal(one.ravel(), wanted)
+    np.testing.assert_array_equal(found(rows, 5, 1), wanted)
+    np.testing.assert_array_equal(found(rows[..., None], 5, 1, 1), wanted)
     columns = np.ascontiguousarray(rows.T)
     in_turn = functools.reduce(np.add, columns)
-    np.testing.assert_array_equal(backend._sum(columns.copy(), (0,))[0], in_turn)
+    np.testing.assert_array_equal(found(columns, 1, 5), in_turn)
     assert length < 100 or (wanted != in_turn).any()
-    both = backend._sum(columns.copy(), (0, 1))
-    np.testing.assert_array_equal(both.ravel(), in_our_order(in_turn[None]))
-    assert backend._sum(np.zeros((5, length)), ()).shape == (5, length)
+    np.testing.assert_array_equal(found(columns, 1, 1), in_our_order(in_turn[None]))
+    np.testing.assert_array_equal(found(rows, 5, length), rows.ravel())
+
+
+def test_parts_of_the_slopes_gradient_are_added_in_turn(backend):
+    """As many rows of the first axis as 65,536 elements take."""
+    terms = -np.abs(np.random.default_rng(0).standard_normal((200, 1000)))
+    parts = [terms[start : start + 65] for start in range(0, 200, 65)]
+    for axes, shape in (((0,), (1, 1000)), ((0, 1), (1, 1))):
+        total = np.zeros(shape)
+        for part in parts:
+            sums = functools.reduce(np.add, part)[None]
+            total += sums if axes == (0,) else in_our_order(sums)[None]
+        found = backend.slopes_gradient(np.ones_like(terms), terms, np.zeros(shape), None)
+        np.testing.assert_array_equal(found, total)
+        assert (found != terms.sum(axes, keepdims=True)).any()

@@ -8,14 +8,14 @@ backend is the truth table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from relu_xp.activation import Rounded
 
-__all__ = ["Backend", "check_memory", "doubled", "drawn", "halves"]
+__all__ = ["Backend", "address_view", "check_memory", "doubled", "drawn", "halves"]
 
 
 class Backend(Protocol):
@@ -151,22 +151,39 @@ def drawn(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_na
     return np.asarray(slopes) if isinstance(slopes, np.generic) else slopes  # of a 0-d array
 
 
-def check_memory(
-    out: Any,
-    inputs: Sequence[Any],
-    may_share_memory: Callable[[Any, Any], bool],
-    address: Callable[[Any], int],
-) -> None:
-    """Refuse an `out` whose own elements overlap, or that overlaps an input without being it.
+def address_view(
+    address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int
+) -> np.ndarray[Any, Any]:
+    """Return a NumPy array with the addresses of another library's, which must not be read."""
+    return np.asarray(_AddressView(address, shape, strides, itemsize))
+
+
+class _AddressView:
+    def __init__(
+        self, address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int
+    ) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{itemsize}",
+            "data": (address, False),
+            "shape": tuple(shape),
+            "strides": tuple(strides),
+        }
+
+
+# What NumPy may spend on one question, 10 ms at most; every view that slices and permutations make
+# of an array takes 1 us.
+_MAX_WORK = 100_000
+
+
+def check_memory(out: np.ndarray[Any, Any], inputs: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Refuse an `out` that shares memory with itself or with an input that it is not.
 
     Parameters
     ----------
-    out : strided array
-    inputs : sequence of strided arrays
-    may_share_memory : function
-        Whether the bounds of two arrays meet.
-    address : function
-        Where an array's first element lies.
+    out : ndarray
+        This and the inputs may be views of addresses; no element is read.
+    inputs : sequence of ndarray
 
     Raises
     ------
@@ -175,34 +192,40 @@ def check_memory(
     if not out.flags.forc and _overlaps_itself(out):
         raise ValueError("is a broadcast view, whose elements share memory; give an array")
     for x in inputs:
-        if out is x or not may_share_memory(out, x):
-            continue
-        same = address(out) == address(x) and out.itemsize == x.itemsize
-        if not same or out.shape != x.shape or _steps(out) != _steps(x):
+        if out is not x and _share_memory(out, x) and not _are_same_view(out, x):
             raise ValueError(
                 "overlaps an input without being the same view; "
                 "give an array that shares no memory with it"
             )
 
 
-def _steps(array: Any) -> list[int]:
+def _share_memory(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays have a byte in common; True where that would take long to find out."""
+    try:
+        return np.shares_memory(left, right, max_work=_MAX_WORK)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(array: np.ndarray[Any, Any]) -> bool:
+    """Whether two elements of an array share memory.
+
+    Two elements differ in their index along some axis. Both can be moved along it, by the same
+    distance, until one of them is the first there: so the first is compared with all others.
+    """
+    parts = (np.moveaxis(array, axis, 0) for axis in range(array.ndim))
+    return any(_share_memory(part[:1], part[1:]) for part in parts)
+
+
+def _are_same_view(left: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> bool:
+    return (
+        left.ctypes.data == right.ctypes.data
+        and (left.shape, left.itemsize) == (right.shape, right.itemsize)
+        and _steps(left) == _steps(right)
+    )
+
+
+def _steps(array: np.ndarray[Any, Any]) -> list[int]:
     """Return the strides that are ever taken."""
     axes = zip(array.strides, array.shape, strict=True)
     return [stride for stride, length in axes if length != 1]
-
-
-def _overlaps_itself(array: Any) -> bool:
-    """Tell whether two elements of a strided array may share memory.
-
-    Exact for views made by slicing, transposing and broadcasting; for stranger ones it may say yes
-    without need.
-    """
-    reach = array.itemsize
-    axes = zip(map(abs, array.strides), array.shape, strict=True)
-    for stride, length in sorted(axis for axis in axes if axis[1] != 1):
-        if length == 0:
-            return False
-        if stride < reach:
-            return True
-        reach += stride * (length - 1)
-    return False

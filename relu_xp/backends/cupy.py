@@ -1,10 +1,11 @@
-"""CuPy arrays: an ElementwiseKernel for each pass, the member's numbers passed as arguments.
+"""CuPy arrays: an ElementwiseKernel for each pass, with an activation's numbers as its arguments.
 
-What becomes of an element is written once, in ``relu.cuh``, and each pass has two kernels of it:
+What becomes of an element is written in ``relu_xp/kernels``, in ``rules.h`` and
+``cuda_kernels.cuh``. Each pass has two kernels:
 
-- *many*, for neighbours: operands contiguous in one order, C or Fortran, and aligned to 16 bytes.
-  Its arguments are ``raw``, and a thread moves 16 bytes at a time.
-- *one*, for every other layout: an element a thread, where CuPy's own indices say.
+- *vectorized*, for operands that are dense in memory in one order of their axes and aligned to 16
+  bytes: its arguments are ``raw``, and a thread moves 16 bytes at a time;
+- *strided*, for every other layout: an element a thread, where CuPy's own indices say.
 
 A number that has its default (0, 0, 1, none) is no argument, and its rule is not even compiled:
 plain ReLU takes arrays alone, which is also quickest to call. A new slope compiles nothing.
@@ -27,8 +28,8 @@ import cupy
 import numpy as np
 
 from relu_xp.activation import Rounded
-from relu_xp.backends import check_memory, doubled, drawn, halves
-from relu_xp.mask import Mask, mask_nbytes
+from relu_xp.backends import address_view, check_memory, doubled, drawn, halves
+from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order
 
 __all__ = [
     "backward",
@@ -53,19 +54,29 @@ __all__ = [
     "uniform",
 ]
 
-_ALIGNMENT = 16  # bytes, of every operand of a *many*
+_ALIGNMENT = 16  # bytes, of every operand of a vectorized kernel
 _WARP = 32  # threads
-_CHUNKS = 2  # of 16 bytes that a thread of a *many* moves
+_CHUNKS = 2  # of 16 bytes that a thread of a vectorized kernel moves
 _SUMS = 1 << 17  # threads that sum: enough for every processor of a large device
 
-_PREAMBLE = resources.files("relu_xp.backends").joinpath("relu.cuh").read_text("utf-8")
+
+def _source() -> str:
+    """Return what the kernels are compiled from: NVRTC takes one text, and no file beside it."""
+    folder = resources.files("relu_xp.kernels")
+    kernels, rules = (
+        folder.joinpath(name).read_text("utf-8") for name in ("cuda_kernels.cuh", "rules.h")
+    )
+    return kernels.replace('#include "rules.h"\n', rules)
+
+
+_PREAMBLE = _source()
 
 
 class _Pass(NamedTuple):
-    """A pass of ``relu.cuh``: how it is made of its families, its inputs and its outputs."""
+    """A pass of ``cuda_kernels.cuh``, and what it is made of."""
 
-    make: str
-    families: tuple[str, ...]  # a type, and the letters of t, a, b, c; - is one without a part
+    type: str  # with a place for each activation
+    activations: tuple[str, ...]  # a dtype, and the letters of t, a, b, c; - is one without a part
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -73,20 +84,22 @@ class _Pass(NamedTuple):
 _X, _Y, _DY, _DX, _MASK = "T x", "T y", "T dy", "T dx", "uint8 mask"
 
 PASSES = {
-    "forward": _Pass("forward<Unsaved>", ("Ttabc",), (_X,), (_Y,)),
-    "forward_bits": _Pass("forward<Bits>", ("Ttabc",), (_X,), (_Y, _MASK)),
-    "forward_bytes": _Pass("forward<Bytes>", ("Ttabc",), (_X,), (_Y, _MASK)),
-    "gradient": _Pass("gradient", ("Ttabc",), (_X,), ("T g",)),
-    "backward_bits": _Pass("backward<Bits>", ("T-ab-",), (_DY, _MASK), (_DX,)),
-    "backward_bytes": _Pass("backward<Bytes>", ("T-ab-",), (_DY, _MASK), (_DX,)),
-    # The numbers t, f, c choose the piece: they are rounded to the dtype of x, with f for b.
-    "backward_from_input": _Pass("backward_from_input", ("T-ab-", "Xt-fc"), (_DY, "X x"), (_DX,)),
+    "forward": _Pass("Forward<NoMask, {}>", ("Ttabc",), (_X,), (_Y,)),
+    "forward_bits": _Pass("Forward<Bits, {}>", ("Ttabc",), (_X,), (_Y, _MASK)),
+    "forward_bytes": _Pass("Forward<Bytes, {}>", ("Ttabc",), (_X,), (_Y, _MASK)),
+    "gradient": _Pass("Gradient<{}>", ("Ttabc",), (_X,), ("T g",)),
+    "backward_bits": _Pass("Backward<Bits, {}>", ("T-ab-",), (_DY, _MASK), (_DX,)),
+    "backward_bytes": _Pass("Backward<Bytes, {}>", ("T-ab-",), (_DY, _MASK), (_DX,)),
+    # The numbers t, f, c choose the branch: they are rounded to the dtype of x, with f for b.
+    "backward_from_input": _Pass(
+        "BackwardFromInput<{}, {}>", ("T-ab-", "Xt-fc"), (_DY, "X x"), (_DX,)
+    ),
 }
 
 
 @functools.cache
-def kernel(name: str, given: str, many: bool) -> cupy.ElementwiseKernel:
-    """Return the kernel of a pass for members with some numbers.
+def kernel(name: str, given: str, vectorized: bool) -> cupy.ElementwiseKernel:
+    """Return the kernel of a pass for activations with some numbers.
 
     Parameters
     ----------
@@ -94,35 +107,33 @@ def kernel(name: str, given: str, many: bool) -> cupy.ElementwiseKernel:
         Of the pass, in `PASSES`.
     given : str
         The letters of the numbers that are arguments; the others have their defaults.
-    many : bool
+    vectorized : bool
         Whether a thread moves 16 bytes at a time, or one element.
     """
-    make, families, inputs, outputs = PASSES[name]
-    numbers = [f"{form[0]} {letter}" for form in families for letter in form[1:] if letter in given]
-    arguments = []
-    for form in families:
-        has = ", ".join(str(letter in given).lower() for letter in form[1:])
-        values = ", ".join(n if n in given else f"{form[0]}()" for n in form[1:])
-        arguments.append(f"family<{form[0]}, {has}>({values})")
+    kind, activations, inputs, outputs = PASSES[name]
+    numbers, types, fields = [], [], []
+    for dtype, *letters in activations:
+        numbers += [f"{dtype} {letter}" for letter in letters if letter in given]
+        has = ", ".join(str(letter in given).lower() for letter in letters)
+        types.append(f"Activation<{dtype}, {has}>")
+        values = ", ".join(letter if letter in given else f"{dtype}()" for letter in letters)
+        fields.append(f"{{{values}}}")
     for declared in inputs + outputs:
         array = declared.split()[1]
-        arguments.append(f"&{array}[0]" if many or declared == _MASK else f"&{array}")
-    made = f"{make}({', '.join(arguments)})"
-    size = inputs[0].split()[1] + ".size()"
-    run = (
-        f"many<{_CHUNKS}>({made}, i, _ind.size(), {size})"
-        if many
-        else f"one({made}, i, _ind.size())"
-    )
+        fields.append(f"&{array}[0]" if vectorized or declared == _MASK else f"&{array}")
+    made = kind.format(*types)
+    run = "strided(pass, i, _ind.size())"
+    if vectorized:
+        run = f"vectorized<{_CHUNKS}>(pass, i, _ind.size(), {inputs[0].split()[1]}.size())"
 
     def parameters(arrays: tuple[str, ...]) -> list[str]:
-        return [f"raw {one}" if many or one == _MASK else one for one in arrays]
+        return [f"raw {array}" if vectorized or array == _MASK else array for array in arrays]
 
     return cupy.ElementwiseKernel(
         ", ".join(numbers + parameters(inputs)),
         ", ".join(parameters(outputs)),
-        f"using namespace relu_xp; {run};",
-        "_".join(filter(None, ("relu_xp", name, given, "many" if many else "one"))),
+        f"using namespace relu_xp; const {made} pass = {{{', '.join(fields)}}}; {run};",
+        "_".join(filter(None, ("relu_xp", name, given, "vectorized" if vectorized else "strided"))),
         preamble=_PREAMBLE,
     )
 
@@ -141,17 +152,29 @@ FORWARD_INTEGER = cupy.ElementwiseKernel(
 )
 
 
-# The passes of what four numbers do not describe, an element a thread: inputs, outputs, operation.
+# What four numbers do not describe, an element a thread: inputs, outputs, operation.
 VARIANTS = {
-    "sloped": ("T v, X x, W a", "T y", "y = sloped(v, above_zero(x), rounded<T>(a))"),
-    "sloped_itself": ("T x, W a", "T y", "y = sloped(x, above_zero(x), rounded<T>(a))"),
-    "scaled": ("T v, W a", "T y", "const T f = rounded<T>(a); y = sloped(v, is_one(f), f)"),
-    "factors": ("X x, W a", "W y", "y = factor(x, a)"),
-    "squared": ("T x", "T y", "y = squared(x)"),
-    "backward_squared": ("T dy, X x", "T dx", "dx = backward_squared(dy, x)"),
-    "both": ("T x", "T y, T z", "const T u = x; y = rectified(u); z = rectified(opposite(u))"),
-    "pieces_of_both": ("X x", "uint8 p", "p = pieces_of_both(x)"),
-    "backward_both": ("T dy, T dz, uint8 p", "T dx", "dx = backward_both(dy, dz, p)"),
+    "prelu": ("T v, X x, W a", "T y", "y = prelu(above_zero(x), v, round_to<T>(a))"),
+    "prelu_forward": ("T x, W a", "T y", "y = prelu(above_zero(x), x, round_to<T>(a))"),
+    "scale": (
+        "T v, W a",
+        "T y",
+        "const T s = round_to<T>(a); y = prelu(word_of(s) == Float<T>::one, v, s)",
+    ),
+    "slopes": ("X x, W a", "W y", "y = prelu(above_zero(x), number_of<W>(Float<W>::one), a)"),
+    "squared_relu": ("T x", "T y", "y = squared_relu(x)"),
+    "squared_relu_backward": ("T dy, X x", "T dx", "dx = squared_relu_backward(dy, x)"),
+    "crelu": (
+        "T x",
+        "T y, T z",
+        """
+        const Word<T> word = word_of(x);
+        y = number_of<T>(relu<Float<T>>(word));
+        z = number_of<T>(relu<Float<T>>(negate<Float<T>>(word)))
+        """,
+    ),
+    "crelu_mask": ("X x", "uint8 p", "p = crelu_branch<Float<X>>(word_of(x))"),
+    "crelu_backward": ("T dy, T dz, uint8 p", "T dx", "dx = crelu_backward(p, dy, dz)"),
     # Of an array seen as outer x channels x inner elements: a sum for each of rows x channels x
     # columns threads, neighbours of which read neighbours.
     "sums": (
@@ -165,13 +188,13 @@ VARIANTS = {
           for (Index k = start + column; k < start + inner; k += columns) {
             const T gradient = dy[k];
             const X input = x[k];
-            all += below_zero(gradient, input);
+            all += prelu_weight_term(gradient, input);
           }
         }
         sum = all
         """,
     ),
-    "rounded": ("float64 sum", "W g", "g = nearest<W>(sum)"),
+    "round_to": ("float64 sum", "W g", "g = round_to<W>(sum)"),
     "copy": ("T x", "T y", "y = x"),
 }
 
@@ -189,18 +212,18 @@ def variant(name: str) -> cupy.ElementwiseKernel:
     )
 
 
-class _Member:
-    """A pass for one member: its two kernels, and the numbers that they take.
+class _Launcher:
+    """A pass for one activation: its two kernels, and the numbers that they take.
 
     Parameters
     ----------
     name : str
         Of the pass, in `PASSES`.
     numbers, slopes : Rounded
-        The member's numbers, as x and as dy hold them: the same where there is one dtype.
+        The activation's numbers, as x and as dy hold them: the same where there is one dtype.
     """
 
-    __slots__ = ("_many", "_numbers", "_one", "_tile")
+    __slots__ = ("_numbers", "_strided", "_tile", "_vectorized")
 
     def __init__(self, name: str, numbers: Rounded, slopes: Rounded) -> None:
         capped = numbers.max_value is not None
@@ -212,32 +235,32 @@ class _Member:
             "c": numbers.max_value,
         }
         defaults = {"t": 0.0, "a": 0.0, "b": 1.0, "f": 1.0, "c": None}
-        letters = [letter for form in PASSES[name].families for letter in form[1:] if letter != "-"]
+        letters = "".join(form[1:] for form in PASSES[name].activations).replace("-", "")
         given = "".join(letter for letter in letters if values[letter] != defaults[letter])
         self._numbers = [values[letter] for letter in given]
-        self._many, self._one = kernel(name, given, True), kernel(name, given, False)
+        self._vectorized, self._strided = kernel(name, given, True), kernel(name, given, False)
         self._tile = _WARP * _CHUNKS * (8 * _ALIGNMENT // max(numbers.width, slopes.width))
 
-    def run(self, fortran: bool, *arrays: cupy.ndarray) -> None:
+    def run(self, axes: Axes | None, *arrays: cupy.ndarray) -> None:
         """Run the kernel that the layout of inputs and outputs allows.
 
-        Elements count in C order, or in Fortran order.
+        Elements count in C order after the permutation of axes, from which a mask, having one axis,
+        is exempt.
         """
-        contiguous = _f_contiguous if fortran else _c_contiguous
+        if axes is not None:
+            arrays = tuple([a if a.ndim == 1 else a.transpose(axes) for a in arrays])
         for array in arrays:
-            if array.data.ptr % _ALIGNMENT or not contiguous(array) or not array.ndim:
-                if fortran:
-                    arrays = tuple([array.T for array in arrays])
-                self._one(*self._numbers, *arrays)
+            if array.data.ptr % _ALIGNMENT or not _c_contiguous(array) or not array.ndim:
+                self._strided(*self._numbers, *arrays)
                 return
         # Flat views would spare a kernel per number of dimensions (0.15 s to compile), and cost a
         # fifth of each call.
         size, tile = arrays[0].size, self._tile
         threads = size - size // tile * (tile - _WARP)
-        self._many(*self._numbers, *arrays, size=threads)
+        self._vectorized(*self._numbers, *arrays, size=threads)
 
 
-_member = functools.lru_cache(maxsize=1024)(_Member)
+_launcher = functools.lru_cache(maxsize=1024)(_Launcher)
 
 
 def forward(numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
@@ -245,7 +268,7 @@ def forward(numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None) -> cupy
     with _on_device_of(x):
         y = _like(x, x.dtype) if out is None else out
         if numbers.floating:
-            _member("forward", numbers, numbers).run(_is_fortran(x), x, y)
+            _launcher("forward", numbers, numbers).run(_order_of(x), x, y)
         else:
             c = np.iinfo(x.dtype).max if numbers.max_value is None else numbers.max_value
             slopes = numbers.negative_slope, numbers.positive_slope
@@ -257,23 +280,23 @@ def forward_saving(
     numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None, mask: cupy.ndarray | None
 ) -> tuple[cupy.ndarray, Mask]:
     """Return f(x) and the packed mask. See `relu_xp.backends.Backend`."""
-    nbytes, fortran = mask_nbytes(numbers, x), _is_fortran(x)
+    nbytes, axes = mask_nbytes(numbers, x), _order_of(x)
     name = "forward_bits" if numbers.pieces == 2 else "forward_bytes"
     with _on_device_of(x):
         y = _like(x, x.dtype) if out is None else out
         data = cupy.ndarray(nbytes, np.uint8) if mask is None else mask[:nbytes]
-        _member(name, numbers, numbers).run(fortran, x, y, data)
-    return y, Mask(data, x.shape, fortran, numbers.pieces)
+        _launcher(name, numbers, numbers).run(axes, x, y, data)
+    return y, Mask(data, axes)
 
 
 def backward(
     numbers: Rounded, dy: cupy.ndarray, saved: Mask, out: cupy.ndarray | None
 ) -> cupy.ndarray:
     """Return f'(x) * dy from the mask. See `relu_xp.backends.Backend`."""
-    name = "backward_bits" if saved.pieces == 2 else "backward_bytes"
+    name = "backward_bits" if numbers.pieces == 2 else "backward_bytes"
     with _on_device_of(dy):
         dx = _like(dy, dy.dtype) if out is None else out
-        _member(name, numbers, numbers).run(saved.fortran, dy, saved.data, dx)
+        _launcher(name, numbers, numbers).run(saved.axes, dy, saved.data, dx)
     return dx
 
 
@@ -287,7 +310,7 @@ def backward_from_input(
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         dx = _like(x, dy.dtype) if out is None else out
-        _member("backward_from_input", numbers, slopes).run(_is_fortran(x), dy, x, dx)
+        _launcher("backward_from_input", numbers, slopes).run(_order_of(x), dy, x, dx)
     return dx
 
 
@@ -295,7 +318,7 @@ def gradient(numbers: Rounded, x: cupy.ndarray, out: cupy.ndarray | None) -> cup
     """Return f'(x). See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         g = _like(x, x.dtype) if out is None else out
-        _member("gradient", numbers, numbers).run(_is_fortran(x), x, g)
+        _launcher("gradient", numbers, numbers).run(_order_of(x), x, g)
     return g
 
 
@@ -308,13 +331,13 @@ def sloped(
     """Return f(x) or f'(x) * dy. See `relu_xp.backends.Backend`."""
     operands: tuple[Any, ...]
     if values is None:
-        name, operands = "factors", (x,)
+        name, operands = "slopes", (x,)
     elif x is None:
-        name, operands = "scaled", (values,)
+        name, operands = "scale", (values,)
     elif x is values:
-        name, operands = "sloped_itself", (x,)
+        name, operands = "prelu_forward", (x,)
     else:
-        name, operands = "sloped", (values, x)
+        name, operands = "prelu", (values, x)
     with _on_device_of(slopes):
         if out is None:
             out = _like(operands[0], slopes.dtype if values is None else values.dtype)
@@ -341,7 +364,7 @@ def slopes_gradient(
         variant("sums")(dy, x, outer, channels, inner, rows, columns, sums)
         total = cupy.sum(sums, axis=(0, 2)).reshape(slopes.shape)
         gradient = cupy.ndarray(slopes.shape, slopes.dtype) if out is None else out
-        variant("rounded")(total, gradient)
+        variant("round_to")(total, gradient)
     return gradient
 
 
@@ -349,7 +372,7 @@ def squared(x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
     """Return relu(x)**2. See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         y = _like(x, x.dtype) if out is None else out
-        variant("squared")(x, y)
+        variant("squared_relu")(x, y)
     return y
 
 
@@ -357,7 +380,7 @@ def backward_squared(dy: cupy.ndarray, x: cupy.ndarray, out: cupy.ndarray | None
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         dx = _like(dy, dy.dtype) if out is None else out
-        variant("backward_squared")(dy, x, dx)
+        variant("squared_relu_backward")(dy, x, dx)
     return dx
 
 
@@ -366,7 +389,7 @@ def both(x: cupy.ndarray, axis: int, out: cupy.ndarray | None) -> cupy.ndarray:
     with _on_device_of(x):
         if out is None:
             out = cupy.ndarray(doubled(x.shape, axis), x.dtype)
-        variant("both")(x, *halves(out, axis))
+        variant("crelu")(x, *halves(out, axis))
     return out
 
 
@@ -374,7 +397,7 @@ def pieces_of_both(x: cupy.ndarray) -> cupy.ndarray:
     """Return which of both is above 0. See `relu_xp.backends.Backend`."""
     with _on_device_of(x):
         pieces = _like(x, np.dtype(np.uint8))
-        variant("pieces_of_both")(x, pieces)
+        variant("crelu_mask")(x, pieces)
     return pieces
 
 
@@ -384,7 +407,7 @@ def backward_both(
     """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
     with _on_device_of(dy):
         dx = _like(pieces, dy.dtype) if out is None else out
-        variant("backward_both")(*halves(dy, axis), pieces, dx)
+        variant("crelu_backward")(*halves(dy, axis), pieces, dx)
     return dx
 
 
@@ -431,42 +454,28 @@ def fits(out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
 
 
 def check_out(out: cupy.ndarray, inputs: Sequence[cupy.ndarray]) -> None:
-    """Refuse an `out` that overlaps itself, or that overlaps an input without being it."""
-    check_memory(out, inputs, _may_share_memory, lambda array: array.data.ptr)
+    """Refuse an `out` that shares memory with itself or with an input that it is not."""
+    # CuPy's own `may_share_memory` says no where two imports of one memory overlap.
+    check_memory(_address_view(out), [_address_view(x) for x in inputs])
 
 
-def _may_share_memory(left: cupy.ndarray, right: cupy.ndarray) -> bool:
-    """Tell whether bounds meet; CuPy's own says no where two imports of one memory overlap."""
-    (low, high), (first, last) = _bounds(left), _bounds(right)
-    return low < last and first < high
-
-
-def _bounds(x: cupy.ndarray) -> tuple[int, int]:
-    low = high = x.data.ptr
-    if _c_contiguous(x):
-        return low, low + x.nbytes
-    if x.size:
-        for length, stride in zip(x.shape, x.strides, strict=True):
-            low += min(0, (length - 1) * stride)
-            high += max(0, (length - 1) * stride)
-        high += x.itemsize
-    return low, high
+def _address_view(x: cupy.ndarray) -> np.ndarray[Any, Any]:
+    return address_view(x.data.ptr, x.shape, x.strides, x.itemsize)
 
 
 def saved_nbytes(saved: Mask) -> int:
     """Return the bytes of the mask."""
-    return saved.nbytes
+    return int(saved.data.nbytes)
 
 
-# A look at `flags` makes an object, 0.2 us each
-_c_contiguous, _f_contiguous = (
-    operator.attrgetter(f"_{order}" if hasattr(cupy.ndarray, f"_{order}") else f"flags.{order}")
-    for order in ("c_contiguous", "f_contiguous")
+# `flags` makes an object, 0.2 us each time
+_c_contiguous = operator.attrgetter(
+    "_c_contiguous" if hasattr(cupy.ndarray, "_c_contiguous") else "flags.c_contiguous"
 )
 
 
-def _is_fortran(x: cupy.ndarray) -> bool:
-    return not _c_contiguous(x) and _f_contiguous(x)
+def _order_of(x: cupy.ndarray) -> Axes | None:
+    return None if _c_contiguous(x) else memory_order(x.shape, x.strides, x.itemsize)
 
 
 def _like(x: cupy.ndarray, dtype: np.dtype[Any]) -> cupy.ndarray:

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import functools
 import math
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import array_api_compat
 import dask.array as da
@@ -52,7 +51,18 @@ __all__ = [
 
 _PLACE = ("dask", None)  # chunks may lie anywhere, and on several devices
 
-sizeof.register(Mask, lambda mask: mask.nbytes)  # Dask moves and drops results by their sizes
+# Dask moves and drops results by their sizes.
+sizeof.register(Mask, lambda mask: mask.data.nbytes)
+
+
+class _SavedChunk(NamedTuple):
+    """What a chunk's backend has saved, and the shape of the chunk."""
+
+    shape: tuple[int, ...]
+    data: Any
+
+
+sizeof.register(_SavedChunk, lambda saved: sizeof(saved.data))
 
 
 class _Saved:
@@ -79,13 +89,14 @@ def forward_saving(numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, 
     training step nothing is held but the masks.
     """
     pairs = _map("forward_saving", (numbers,), (x,), (None, None))
-    blocks = _blockwise(operator.itemgetter(1), "saved", (pairs,))
+    blocks = _blockwise(_saved_chunk, "saved", (pairs,))
     return _blockwise(_first, "forward", (pairs, blocks)), _Saved(numbers, blocks)
 
 
 def backward(numbers: Rounded, dy: Any, saved: _Saved, out: Any) -> Any:
     """Return f'(x) * dy from what was saved. See `relu_xp.backends.Backend`."""
-    return _map_back("backward", (numbers,), dy, saved.blocks)
+    function = functools.partial(_chunk_backward, numbers)
+    return _blockwise(function, "backward", (_cut(dy, saved.blocks.chunks), saved.blocks))
 
 
 def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out: Any) -> Any:
@@ -281,6 +292,10 @@ def _first(pair: tuple[Any, Any], saved: Any) -> Any:
     return pair[0]
 
 
+def _saved_chunk(pair: tuple[Any, Any]) -> _SavedChunk:
+    return _SavedChunk(pair[0].shape, pair[1])
+
+
 def _chunk(name: str, numbers: tuple[Rounded, ...], rest: tuple[Any, ...], *arrays: Any) -> Any:
     """Call a function of the protocol; `numbers` belong to the arrays, the last to the first."""
     backend = backend_for("relu", "chunk", next(array for array in arrays if array is not None))
@@ -292,9 +307,14 @@ def _chunk(name: str, numbers: tuple[Rounded, ...], rest: tuple[Any, ...], *arra
 
 
 def _chunk_back(name: str, numbers: tuple[Rounded, ...], dy: Any, x: Any) -> Any:
-    """Call a function of the protocol for a gradient; `x` may be the saved state as well."""
+    """Call a function of the protocol for a gradient."""
     _check_chunks(dy, x)
     return _chunk(name, numbers, (None,), dy, x)
+
+
+def _chunk_backward(numbers: Rounded, dy: Any, saved: _SavedChunk) -> Any:
+    _check_chunks(dy, saved)
+    return _chunk("backward", (numbers,), (None,), dy, saved.data)
 
 
 def _chunk_sloped(values: Any, x: Any, slopes: Any) -> Any:

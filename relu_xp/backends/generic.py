@@ -15,7 +15,7 @@ import array_api_compat
 import numpy as np
 
 from relu_xp.activation import Rounded
-from relu_xp.backends import check_memory, drawn, halves
+from relu_xp.backends import address_view, check_memory, drawn, halves
 
 __all__ = [
     "backward",
@@ -23,6 +23,7 @@ __all__ = [
     "backward_from_input",
     "backward_squared",
     "both",
+    "branches",
     "check_out",
     "copy",
     "dtype_name",
@@ -58,7 +59,7 @@ def forward(numbers: Rounded, x: Any, out: Any) -> Any:
 
 def forward_saving(numbers: Rounded, x: Any, out: Any, mask: Any) -> tuple[Any, Any]:
     """Return f(x) and the pieces: bool, or 0, 1, 2 in uint8 where there are three."""
-    pieces = _pieces(numbers, x)  # first: out may be x
+    pieces = branches(numbers, x)  # first: out may be x
     return forward(numbers, x, out), pieces
 
 
@@ -70,13 +71,13 @@ def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
     if numbers.pieces == 3:
         upper = saved == 1
         if not numbers.zero_below:  # else it is 0 already, and a scalar
-            low = xp.where(saved == 2, 0.0, low)
+            low = xp.where(saved == 2, 0, low)
     return _store(xp.where(upper, high, low), out)
 
 
 def backward_from_input(numbers: Rounded, slopes: Rounded, dy: Any, x: Any, out: Any) -> Any:
     """Return f'(x) * dy. See `relu_xp.backends.Backend`."""
-    return backward(slopes, dy, _pieces(numbers, x), out)
+    return backward(slopes, dy, branches(numbers, x), out)
 
 
 def gradient(numbers: Rounded, x: Any, out: Any) -> Any:
@@ -96,9 +97,9 @@ def sloped(values: Any, x: Any, slopes: Any, out: Any) -> Any:
     if values is None:
         values = xp.ones_like(slopes)
     slopes = xp.astype(slopes, values.dtype, copy=False)
-    low = values if x is None else xp.where(x <= 0, values, 0.0)
+    low = values if x is None else xp.where(x <= 0, values, 0)
     nothing = slopes == 0
-    product = xp.where(nothing & ~xp.isfinite(low), 0.0, low) * slopes
+    product = xp.where(nothing & ~xp.isfinite(low), 0, low) * slopes
     zero = xp.astype(product != 0, product.dtype)  # a constant 0 a compiler would leave out
     product = xp.where(nothing, product + zero, product)
     lower = slopes != 1 if x is None else x <= 0
@@ -109,7 +110,7 @@ def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
     """Return the gradient by the slopes. See `relu_xp.backends.Backend`."""
     xp = _namespace(x)
     wide = xp.__array_namespace_info__().dtypes().get("float64", xp.float32)
-    terms = xp.astype(xp.where(x <= 0, x, 0.0), wide) * xp.astype(xp.where(x <= 0, dy, 0.0), wide)
+    terms = xp.astype(xp.where(x <= 0, x, 0), wide) * xp.astype(xp.where(x <= 0, dy, 0), wide)
     axes = tuple(axis for axis, length in enumerate(slopes.shape) if length == 1)
     if axes:
         terms = xp.sum(terms, axis=axes, keepdims=True)
@@ -118,7 +119,7 @@ def slopes_gradient(dy: Any, x: Any, slopes: Any, out: Any) -> Any:
 
 def squared(x: Any, out: Any) -> Any:
     """Return relu(x)**2. See `relu_xp.backends.Backend`."""
-    high = _namespace(x).where(x <= 0, 0.0, x)
+    high = _namespace(x).where(x <= 0, 0, x)
     return _store(high * high, out)
 
 
@@ -128,13 +129,13 @@ def backward_squared(dy: Any, x: Any, out: Any) -> Any:
     wide = max((xp.float32, x.dtype, dy.dtype), key=lambda dtype: xp.finfo(dtype).bits)
     high = xp.astype(x, wide)
     dx = xp.astype((high + high) * xp.astype(dy, wide), dy.dtype)
-    return _store(xp.where(x <= 0, 0.0, dx), out)
+    return _store(xp.where(x <= 0, 0, dx), out)
 
 
 def both(x: Any, axis: int, out: Any) -> Any:
     """Return relu(x) and relu(-x). See `relu_xp.backends.Backend`."""
     xp = _namespace(x)
-    pair = xp.where(x <= 0, 0.0, x), xp.where(x >= 0, 0.0, -x)
+    pair = xp.where(x <= 0, 0, x), xp.where(x >= 0, 0, -x)
     return _store(xp.concat(pair, axis=axis), out)
 
 
@@ -148,7 +149,7 @@ def backward_both(dy: Any, pieces: Any, axis: int, out: Any) -> Any:
     """Return the gradient of `both`. See `relu_xp.backends.Backend`."""
     xp = _namespace(dy)
     first, second = halves(dy, axis)
-    difference = xp.where(pieces == 3, first - second, 0.0)
+    difference = xp.where(pieces == 3, first - second, 0)
     dx = xp.where(pieces == 1, first, xp.where(pieces == 2, -second, difference))
     return _store(dx, out)
 
@@ -197,9 +198,8 @@ def check_out(out: Any, inputs: Sequence[Any]) -> None:
         )
     seen = _memory(out)
     if seen is not None:
-        others = [seen if x is out else _memory(x) for x in inputs]
-        others = [other for other in others if other is not None]
-        check_memory(seen, others, np.may_share_memory, lambda array: array.ctypes.data)
+        others = [_memory(x) for x in inputs if x is not out]
+        check_memory(seen, [other for other in others if other is not None])
 
 
 def mask_nbytes(numbers: Rounded, x: Any) -> None:
@@ -225,7 +225,8 @@ def _low(numbers: Rounded, x: Any) -> Any:
     return x * numbers.negative_slope
 
 
-def _pieces(numbers: Rounded, x: Any) -> Any:
+def branches(numbers: Rounded, x: Any) -> Any:
+    """Return the pieces: bool, or 0, 1, 2 in uint8 where there are three."""
     xp = _namespace(x)
     upper = ~(x <= numbers.threshold)  # not x > t: that is false for NaN
     if numbers.max_value is None:
@@ -247,29 +248,14 @@ def _store(y: Any, out: Any) -> Any:
 
 
 def _memory(x: Any) -> np.ndarray[Any, Any] | None:
-    """Return x's memory as a NumPy view to compare bounds with, or None if it cannot be seen.
+    """Return a NumPy array with x's addresses, or None if they cannot be known.
 
     PyTorch is asked for a pointer: it exports neither bfloat16 nor what requires a gradient.
     """
     try:
         if hasattr(x, "data_ptr"):
             size = x.element_size()
-            return np.asarray(_Pointer(x.data_ptr(), x.shape, [size * s for s in x.stride()], size))
+            return address_view(x.data_ptr(), x.shape, [size * s for s in x.stride()], size)
         return np.from_dlpack(x)
     except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
         return None  # being traced, or on another device; the caller is trusted
-
-
-class _Pointer:
-    """Memory that NumPy may compare with other memory, but must not read."""
-
-    def __init__(
-        self, address: int, shape: Sequence[int], strides: Sequence[int], itemsize: int
-    ) -> None:
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{itemsize}",
-            "data": (address, False),
-            "shape": tuple(shape),
-            "strides": tuple(strides),
-        }

@@ -99,7 +99,7 @@ def backward(numbers: Rounded, dy: Any, saved: Any, out: Any) -> Any:
     if isinstance(saved, Mask):
         if not _tracked(dy, out) and (views := _views(dy, out)):
             return _tensor(_numpy.backward(numbers, views[0], saved, views[1]), out)
-        saved = torch.from_numpy(unpack(saved))
+        saved = torch.from_numpy(unpack(saved, tuple(dy.shape), numbers.pieces))
         if numbers.pieces == 2:
             saved = saved.view(torch.bool)
     return generic.backward(numbers, dy, saved, out)
@@ -184,7 +184,7 @@ def check_out(out: Any, inputs: Sequence[Any]) -> None:
 
 def saved_nbytes(saved: Any) -> int:
     """Return the bytes of the packed mask, or of the pieces, one an element."""
-    return saved.nbytes if isinstance(saved, Mask) else generic.saved_nbytes(saved)
+    return saved.data.nbytes if isinstance(saved, Mask) else generic.saved_nbytes(saved)
 
 
 def _variant(name: str, *arguments: Any) -> Any:

@@ -1,0 +1,886 @@
+// The CPU kernels, compiled once for each instruction set (CMakeLists.txt), each time into a
+// namespace of its own. Nothing here may call an inline function of the standard library: the linker
+// would keep one copy of it for all instruction sets.
+//
+// A kernel goes through its elements in blocks of 512 bytes, which stay in the first-level cache
+// between the plain loops that each do one thing to them. The loops have run-time counts and lanes of
+// one width, which GCC and clang vectorize; what they cannot make of plain C++, the packing of bits
+// and the conversion of float16, is intrinsics.
+
+#include "cpu_kernels.h"
+
+#include <string.h>  // memcpy
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define RELU_XP_INLINE inline
+
+// The loop's iterations are independent: `out` may be the very memory of an input, which the
+// compiler would otherwise have to take for an overlap.
+#if defined(__clang__)
+#define RELU_XP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety) interleave(disable)")
+#else
+#define RELU_XP_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+// The length of a whole block is a constant then, for which loops have no rest.
+#define RELU_XP_ALWAYS_INLINE [[gnu::always_inline]] inline
+
+namespace relu_xp {
+namespace {
+
+template <class To, class From>
+inline To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From), "two sizes");
+  To result;
+  memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+}  // namespace
+}  // namespace relu_xp
+
+#include "rules.h"
+
+namespace relu_xp {
+namespace {
+
+constexpr std::size_t kBlockBytes = 512;
+// Bytes. The processor's own prefetcher stops at the end of a page: to ask for what lies a page
+// ahead takes 10 % to 20 % off a pass beyond the caches (25 M float32, two cores with AVX-512).
+constexpr std::size_t kPrefetchDistance = 4096;
+constexpr std::size_t kLine = 64;  // bytes of a cache line
+
+inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b; }
+
+// ---- Formats ------------------------------------------------------------------------------------
+
+struct Float32 : Format<std::uint32_t, std::int32_t, 32, 8> {
+  using Wide = float;  // the type that computes
+  static constexpr bool multiply_keeps_nan = true;  // as the processor's multiplications do
+  static Word multiply(Word a, Word b) {
+    return bit_cast<Word>(bit_cast<float>(a) * bit_cast<float>(b));
+  }
+};
+
+struct Float64 : Format<std::uint64_t, std::int64_t, 64, 11> {
+  using Wide = double;
+  static constexpr bool multiply_keeps_nan = true;
+  static Word multiply(Word a, Word b) {
+    return bit_cast<Word>(bit_cast<double>(a) * bit_cast<double>(b));
+  }
+};
+
+// 16-bit numbers are multiplied in float32, where their products are exact, a block at a time.
+struct BFloat16 : Format<std::uint16_t, std::int16_t, 16, 8, false> {
+  using Wide = float;
+};
+
+struct Float16 : Format<std::uint16_t, std::int16_t, 16, 5> {
+  using Wide = float;
+};
+
+template <class F>
+constexpr bool is_16_bit = sizeof(WordOf<F>) == 2;
+
+template <class F>
+constexpr std::size_t kLanes = kBlockBytes / sizeof(WordOf<F>);  // of a block
+
+void widen(const Float32::Word* x, float* wide, std::size_t n, Float32 /*format*/) {
+  memcpy(wide, x, n * sizeof(float));
+}
+
+void narrow(const float* wide, Float32::Word* x, std::size_t n, Float32 /*format*/) {
+  memcpy(x, wide, n * sizeof(float));
+}
+
+void widen(const Float64::Word* x, double* wide, std::size_t n, Float64 /*format*/) {
+  memcpy(wide, x, n * sizeof(double));
+}
+
+void narrow(const double* wide, Float64::Word* x, std::size_t n, Float64 /*format*/) {
+  memcpy(x, wide, n * sizeof(double));
+}
+
+inline float widened(std::uint16_t x, BFloat16 /*format*/) {
+  return bit_cast<float>(static_cast<std::uint32_t>(x) << 16);
+}
+
+// The upper half of the result is the bfloat16.
+inline std::uint32_t rounded(float number, BFloat16 /*format*/) {
+  const std::uint32_t word = bit_cast<std::uint32_t>(number);
+  const std::uint32_t nan = (word & 0x80000000) | 0x7fc00000;  // as ml_dtypes has it
+  return is_nan<Float32>(word) ? nan : word + 0x7fff + ((word >> 16) & 1);  // ties to even
+}
+
+inline std::uint16_t narrowed(float number, BFloat16 format) {
+  return static_cast<std::uint16_t>(rounded(number, format) >> 16);
+}
+
+void widen(const std::uint16_t* x, float* wide, std::size_t n, BFloat16 format) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) wide[i] = widened(x[i], format);
+}
+
+void narrow(const float* wide, std::uint16_t* x, std::size_t n, BFloat16 format) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) x[i] = narrowed(wide[i], format);
+}
+
+// One float16, where the processor has no instruction for it. In integers, which no floating-point
+// mode concerns.
+inline float widened(std::uint16_t x, Float16 /*format*/) {
+  const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16;
+  const std::uint32_t rest = x & 0x7fff;
+  constexpr std::uint32_t bias = 112u << 23;  // the difference of the exponents' biases
+  if (rest < 0x400) {                         // subnormal, or 0
+    const float magnitude = static_cast<float>(rest) * (1.0f / (1 << 24));
+    return bit_cast<float>(sign | bit_cast<std::uint32_t>(magnitude));
+  }
+  return bit_cast<float>(sign | ((rest << 13) + (rest < 0x7c00 ? bias : 2 * bias)));
+}
+
+inline std::uint16_t narrowed(float number, Float16 /*format*/) {
+  const std::uint32_t word = bit_cast<std::uint32_t>(number);
+  const std::uint32_t sign = (word >> 16) & 0x8000;
+  const std::uint32_t rest = word & 0x7fffffff;
+  std::uint32_t result;
+  if (rest > 0x7f800000) {
+    result = 0x7e00 | ((rest >> 13) & 0x3ff);
+  } else if (rest >= 0x477ff000) {  // 65520 and above
+    result = 0x7c00;
+  } else if (rest >= 0x38800000) {  // 2**-14, the smallest normal number
+    const std::uint32_t scaled = rest - (112u << 23);
+    result = (scaled + 0xfff + ((scaled >> 13) & 1)) >> 13;
+  } else if (rest <= 0x33000000) {  // 2**-25, half of the smallest subnormal number
+    result = 0;
+  } else {
+    const std::uint32_t significand = (rest & 0x7fffff) | 0x800000;
+    const std::uint32_t shift = 126 - (rest >> 23);
+    const std::uint32_t half = (1u << (shift - 1)) - 1;
+    result = (significand + half + ((significand >> shift) & 1)) >> shift;
+  }
+  return static_cast<std::uint16_t>(sign | result);
+}
+
+// float32 of one vector of float16. Their words are stored together: a store of each half would have
+// to leave the store buffer before the whole vector can be loaded.
+#if defined(__AVX512F__)
+struct Floats {
+  __m512 first, second;
+};
+inline __m512 convert(const std::uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline Floats load_float16(const std::uint16_t* x) { return {convert(x), convert(x + 16)}; }
+inline void store_float16(Floats wide, std::uint16_t* x) {
+  const __m256i first = _mm512_cvtps_ph(wide.first, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i second = _mm512_cvtps_ph(wide.second, _MM_FROUND_TO_NEAREST_INT);
+  _mm512_storeu_si512(x, _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
+}
+#elif defined(__F16C__)
+struct Floats {
+  __m256 first, second;
+};
+inline __m256 convert(const std::uint16_t* x) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline Floats load_float16(const std::uint16_t* x) { return {convert(x), convert(x + 8)}; }
+inline void store_float16(Floats wide, std::uint16_t* x) {
+  const __m128i first = _mm256_cvtps_ph(wide.first, _MM_FROUND_TO_NEAREST_INT);
+  const __m128i second = _mm256_cvtps_ph(wide.second, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i words = _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), words);
+}
+#else
+struct Floats {
+  float first, second;
+};
+inline Floats load_float16(const std::uint16_t* x) {
+  return {widened(x[0], Float16()), widened(x[1], Float16())};
+}
+inline void store_float16(Floats wide, std::uint16_t* x) {
+  x[0] = narrowed(wide.first, Float16());
+  x[1] = narrowed(wide.second, Float16());
+}
+#endif
+constexpr std::size_t kFloats = sizeof(Floats) / sizeof(float);
+
+void widen(const std::uint16_t* x, float* wide, std::size_t n, Float16 format) {
+  std::size_t i = 0;
+  for (; n - i >= kFloats; i += kFloats) {
+    const Floats floats = load_float16(x + i);
+    memcpy(wide + i, &floats, sizeof floats);
+  }
+  if (n % kFloats == 0) return;
+  for (; i < n; ++i) wide[i] = widened(x[i], format);
+}
+
+void narrow(const float* wide, std::uint16_t* x, std::size_t n, Float16 format) {
+  std::size_t i = 0;
+  for (; n - i >= kFloats; i += kFloats) {
+    Floats floats;
+    memcpy(&floats, wide + i, sizeof floats);
+    store_float16(floats, x + i);
+  }
+  if (n % kFloats == 0) return;
+  for (; i < n; ++i) x[i] = narrowed(wide[i], format);
+}
+
+// ---- Products -----------------------------------------------------------------------------------
+
+// The slope of an element: one for all of them, or one for each.
+template <class Word>
+inline Word slope_at(Word slope, std::size_t /*i*/) {
+  return slope;
+}
+template <class Word>
+inline Word slope_at(const Word* slopes, std::size_t i) {
+  return slopes[i];
+}
+
+inline std::uint32_t pair_at(std::uint16_t slope, std::size_t /*i*/) { return slope * 0x10001u; }
+inline std::uint32_t pair_at(const std::uint16_t* words, std::size_t i) {
+  std::uint32_t pair;
+  memcpy(&pair, words + 2 * i, sizeof pair);
+  return pair;
+}
+
+inline Floats slope_floats(std::uint16_t slope, std::size_t /*i*/) {
+  const float factor = widened(slope, Float16());
+  return {decltype(Floats::first)() + factor, decltype(Floats::first)() + factor};
+}
+inline Floats slope_floats(const std::uint16_t* slopes, std::size_t i) {
+  return load_float16(slopes + i);
+}
+
+// Writes slope * value, rounded once, for a block; `slope` is a word, or points to one for each value.
+template <class F, class Slope>
+RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const WordOf<F>* value, WordOf<F>* result,
+                                std::size_t n, F /*format*/) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) result[i] = product<F>(slope_at(slope, i), value[i]);
+}
+
+// Two bfloat16 in a word of 32 bits are the upper halves of two float32 after a shift and a mask:
+// lanes of one width, which take half the time of lanes that are widened and narrowed.
+template <class Slope>
+RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std::uint16_t* result,
+                                std::size_t n, BFloat16 format) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n / 2; ++i) {
+    const std::uint32_t slopes = pair_at(slope, i), values = pair_at(value, i);
+    const float first = bit_cast<float>(slopes << 16) * bit_cast<float>(values << 16);
+    const float second = bit_cast<float>(slopes & 0xffff0000) * bit_cast<float>(values & 0xffff0000);
+    const std::uint32_t both = rounded(first, format) >> 16 | (rounded(second, format) & 0xffff0000);
+    memcpy(result + 2 * i, &both, sizeof both);
+  }
+  if (n % 2 != 0) {
+    const float factor = widened(slope_at(slope, n - 1), format);
+    result[n - 1] = narrowed(factor * widened(value[n - 1], format), format);
+  }
+}
+
+template <class Slope>
+RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std::uint16_t* result,
+                                std::size_t n, Float16 format) {
+  std::size_t i = 0;
+  for (; n - i >= kFloats; i += kFloats) {
+    const Floats factors = slope_floats(slope, i), values = load_float16(value + i);
+    store_float16({factors.first * values.first, factors.second * values.second}, result + i);
+  }
+  if (n % kFloats == 0) return;
+  for (; i < n; ++i) {
+    const float factor = widened(slope_at(slope, i), format);
+    result[i] = narrowed(factor * widened(value[i], format), format);
+  }
+}
+
+// ---- Masks --------------------------------------------------------------------------------------
+
+// The branches of a block, in words of its format; with room for a vector behind the last.
+template <class F>
+struct Branches {
+  alignas(kLine) WordOf<F> words[kLanes<F> + kLine / sizeof(WordOf<F>)];
+};
+
+template <class Word>
+RELU_XP_ALWAYS_INLINE void to_bytes(const Word* branches, unsigned char* bytes, std::size_t n) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) bytes[i] = static_cast<unsigned char>(branches[i]);
+}
+
+template <class Word>
+RELU_XP_ALWAYS_INLINE void from_bytes(const unsigned char* bytes, Word* branches, std::size_t n) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) branches[i] = bytes[i];
+}
+
+// The lowest bits of one vector of words (of 64 bytes; elsewhere of as many bytes as there are
+// words), and the words of 0 and 1 that such bits stand for.
+#if defined(__AVX512BW__)
+template <class Word>
+using Packed = Word;
+
+inline std::uint64_t pack_vector(const std::uint16_t* words) {
+  return _mm512_test_epi16_mask(_mm512_loadu_si512(words), _mm512_set1_epi16(1));
+}
+inline std::uint64_t pack_vector(const std::uint32_t* words) {
+  return _mm512_test_epi32_mask(_mm512_loadu_si512(words), _mm512_set1_epi32(1));
+}
+inline std::uint64_t pack_vector(const std::uint64_t* words) {
+  return _mm512_test_epi64_mask(_mm512_loadu_si512(words), _mm512_set1_epi64(1));
+}
+inline void unpack_vector(std::uint64_t bits, std::uint16_t* words) {
+  _mm512_storeu_si512(words, _mm512_maskz_set1_epi16(static_cast<__mmask32>(bits), 1));
+}
+inline void unpack_vector(std::uint64_t bits, std::uint32_t* words) {
+  _mm512_storeu_si512(words, _mm512_maskz_set1_epi32(static_cast<__mmask16>(bits), 1));
+}
+inline void unpack_vector(std::uint64_t bits, std::uint64_t* words) {
+  _mm512_storeu_si512(words, _mm512_maskz_set1_epi64(static_cast<__mmask8>(bits), 1));
+}
+#else
+template <class Word>
+using Packed = unsigned char;
+
+inline std::uint64_t pack_vector(const unsigned char* bytes) {
+  std::uint64_t result = 0;
+#if defined(__AVX2__)
+  for (int k = 0; k < 2; ++k) {
+    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + 32 * k));
+    const int half = _mm256_movemask_epi8(_mm256_slli_epi16(all, 7));
+    result |= static_cast<std::uint64_t>(static_cast<std::uint32_t>(half)) << (32 * k);
+  }
+#else
+  for (int k = 0; k < 8; ++k) {
+    std::uint64_t word;
+    memcpy(&word, bytes + 8 * k, 8);
+    result |= ((word & 0x0101010101010101) * 0x0102040810204080 >> 56) << (8 * k);
+  }
+#endif
+  return result;
+}
+
+inline void unpack_vector(std::uint64_t bits, unsigned char* bytes) {
+#if defined(__AVX2__)
+  const __m256i each = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
+                                             0x0303030303030303);
+  for (int k = 0; k < 2; ++k) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(bits >> (32 * k)));
+    const __m256i one = _mm256_and_si256(_mm256_shuffle_epi8(all, byte_of), each);
+    const __m256i result = _mm256_and_si256(_mm256_cmpeq_epi8(one, each), _mm256_set1_epi8(1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes + 32 * k), result);
+  }
+#else
+  for (int k = 0; k < 8; ++k) {
+    const std::uint64_t byte = bits >> (8 * k) & 0xff;
+    const std::uint64_t each = byte * 0x0101010101010101 & 0x8040201008040201;
+    const std::uint64_t result = (each + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101;
+    memcpy(bytes + 8 * k, &result, 8);
+  }
+#endif
+}
+#endif
+
+// Writes the branches of a block as bits from bit `start` of the mask on; of the bytes that it writes,
+// bits before that stay, and those behind the last are 0.
+template <class F>
+RELU_XP_ALWAYS_INLINE void pack(Branches<F>& branches, unsigned char* mask, std::size_t start, std::size_t n) {
+  using P = Packed<WordOf<F>>;
+  constexpr std::size_t count = kLine / sizeof(P);
+  P bytes[sizeof(P) == 1 ? kLanes<F> + kLine : 1];
+  P* packed = bytes;
+  if constexpr (sizeof(P) == 1) {
+    to_bytes(branches.words, bytes, n);
+  } else {
+    packed = branches.words;
+  }
+  memset(packed + n, 0, kLine);
+  const std::size_t shift = start % 8;
+  unsigned char* byte = mask + start / 8;
+  // Bits that do not fill a byte wait for those that come next.
+  std::uint64_t waiting = shift == 0 ? 0 : *byte & ((1u << shift) - 1);
+  std::size_t i = 0;
+  for (; i + count <= n; i += count, byte += count / 8) {
+    const std::uint64_t bits = pack_vector(packed + i);
+    const std::uint64_t word = bits << shift | waiting;
+    waiting = shift == 0 ? 0 : bits >> (count - shift);
+    memcpy(byte, &word, count / 8);
+  }
+  const std::size_t rest = n - i + shift;
+  if (rest > 0) {
+    const std::uint64_t bits = pack_vector(packed + i);
+    const std::uint64_t word = bits << shift | waiting;
+    memcpy(byte, &word, smaller((rest + 7) / 8, 8));
+    if (rest > 64) byte[8] = static_cast<unsigned char>(bits >> (64 - shift));
+  }
+}
+
+// Writes bits, from bit `start` of the mask on, as the branches of a block: 0 and 1.
+template <class F>
+RELU_XP_ALWAYS_INLINE void unpack(const unsigned char* mask, std::size_t start, Branches<F>& branches, std::size_t n) {
+  using P = Packed<WordOf<F>>;
+  constexpr std::size_t count = kLine / sizeof(P);
+  P bytes[sizeof(P) == 1 ? kLanes<F> + kLine : 1];
+  P* packed = bytes;
+  if constexpr (sizeof(P) != 1) packed = branches.words;
+  const std::size_t shift = start % 8;
+  const unsigned char* byte = mask + start / 8;
+  std::size_t i = 0;
+  for (; i + count <= n; i += count, byte += count / 8) {
+    std::uint64_t bits = 0;
+    memcpy(&bits, byte, count / 8);
+    if (shift != 0) {
+      bits = bits >> shift | static_cast<std::uint64_t>(byte[count / 8]) << (count - shift);
+    }
+    unpack_vector(bits, packed + i);
+  }
+  if (i < n) {
+    const std::size_t rest = n - i + shift;
+    std::uint64_t bits = 0;
+    memcpy(&bits, byte, smaller((rest + 7) / 8, 8));
+    bits >>= shift;
+    if (rest > 64) bits |= static_cast<std::uint64_t>(byte[8]) << (64 - shift);
+    unpack_vector(bits, packed + i);
+  }
+  if constexpr (sizeof(P) == 1) from_bytes(bytes, branches.words, n);
+}
+
+// ---- Blocks -------------------------------------------------------------------------------------
+
+inline void stream_line(const unsigned char* from, unsigned char* to) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__SSE2__)
+  for (int k = 0; k < 4; ++k) {
+    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + k);
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, part);
+  }
+#else
+  memcpy(to, from, kLine);
+#endif
+}
+
+// A block of any length, apart from the loop over whole ones.
+template <class Out, class Function>
+[[gnu::noinline]] void run_part(Function& function, std::size_t start, std::size_t n, Out* out) {
+  function(start, n, out);
+}
+
+// Calls function(start, n, out) for one block after the other, which writes n elements to `out`.
+//
+// To store past the caches, it writes whole lines to a buffer that are then moved to aligned lines of
+// the output: an ordinary store reads a line before it writes it, which for an array beyond the caches
+// is a third of all traffic, and a streaming store of part of a line costs a quarter.
+template <class Out, class Function>
+inline void for_each_block(const Block& block, std::size_t lanes, Function function) {
+  Out* out = reinterpret_cast<Out*>(block.out);
+  std::size_t start = 0;
+  if (block.stream) {
+    alignas(kLine) unsigned char buffer[kBlockBytes];
+    constexpr std::size_t whole = kBlockBytes / sizeof(Out);
+    const std::size_t skip = (kLine - reinterpret_cast<std::uintptr_t>(out) % kLine) % kLine;
+    start = smaller(skip / sizeof(Out), block.count);
+    if (start > 0) run_part(function, 0, start, out);
+    for (; start + whole <= block.count; start += whole) {
+      function(start, whole, reinterpret_cast<Out*>(buffer));
+      unsigned char* to = reinterpret_cast<unsigned char*>(out + start);
+      for (std::size_t k = 0; k < kBlockBytes; k += kLine) stream_line(buffer + k, to + k);
+    }
+#if defined(__SSE2__)
+    _mm_sfence();  // streaming stores are ordered by nothing less
+#endif
+  }
+  for (; start < block.count; start += lanes) {
+    run_part(function, start, smaller(lanes, block.count - start), out + start);
+  }
+}
+
+// An input of words at an element, of which what lies a while ahead is asked for.
+template <class F>
+inline const WordOf<F>* input(const Block& block, int which, std::size_t start) {
+  const WordOf<F>* at = reinterpret_cast<const WordOf<F>*>(block.in[which]) + start;
+  if (block.prefetch) {
+    const char* ahead = reinterpret_cast<const char*>(at) + kPrefetchDistance;
+    for (std::size_t k = 0; k < kBlockBytes; k += kLine) __builtin_prefetch(ahead + k);
+  }
+  return at;
+}
+
+// ---- The function with four numbers -------------------------------------------------------------
+
+// One activation in one format, and the products of a block.
+template <class F, Variant variant>
+class Activation {
+ public:
+  using Word = WordOf<F>;
+  static constexpr bool general = variant == kGeneral || variant == kGeneralClipped;
+  static constexpr bool has_a = general || variant == kLeaky;
+  static constexpr bool has_b = general;
+  static constexpr bool has_c = variant == kClipped || variant == kGeneralClipped;
+  using Rule = Rules<F, general, has_a, has_b, has_c>;
+  // Whether products are made in the loop that uses them, or for a block before.
+  static constexpr bool inline_products = variant == kLeaky && !is_16_bit<F>;
+  // Whether any number of elements can be one block.
+  static constexpr bool unbounded = !has_a || inline_products;
+
+  explicit Activation(const Numbers& numbers)
+      : rule_(static_cast<Word>(numbers.threshold), static_cast<Word>(numbers.max_value)),
+        a_(static_cast<Word>(numbers.negative_slope)),
+        b_(static_cast<Word>(numbers.positive_slope)) {}
+
+  RELU_XP_ALWAYS_INLINE void forward(const Word* x, Word* y, std::size_t n) {
+    const Rule rule = rule_;
+    const Word* low = multiply_low(x, n);
+    const Word* high = multiply_high(x, n);
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      y[i] = rule.forward(x[i], low_at(low, x, i), has_b ? high[i] : Word(0));
+    }
+  }
+
+  RELU_XP_ALWAYS_INLINE void forward(const Word* x, Word* y, Word* branches, std::size_t n) {
+    const Rule rule = rule_;
+    const Word* low = multiply_low(x, n);
+    const Word* high = multiply_high(x, n);
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      const Word value = x[i], its_high = has_b ? high[i] : Word(0);
+      y[i] = rule.forward(value, low_at(low, x, i), its_high);
+      branches[i] = rule.branch(value, its_high);
+    }
+  }
+
+  RELU_XP_ALWAYS_INLINE void branches(const Word* x, Word* result, std::size_t n) {
+    const Rule rule = rule_;
+    const Word* high = has_c ? multiply_high(x, n) : nullptr;
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      result[i] = rule.branch(x[i], has_b && has_c ? high[i] : Word(0));
+    }
+  }
+
+  RELU_XP_ALWAYS_INLINE void backward(const Word* branches, const Word* dy, Word* dx, std::size_t n) {
+    const Word* low = multiply_low(dy, n);
+    const Word* high = multiply_high(dy, n);
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      dx[i] = Rule::backward(branches[i], dy[i], low_at(low, dy, i), has_b ? high[i] : Word(0));
+    }
+  }
+
+ private:
+  // a * value of a block, or zeros.
+  const Word* multiply_low(const Word* value, std::size_t n) {
+    if constexpr (has_a && !inline_products) {
+      if (!general || a_ != 0) multiply(a_, value, low_, n, F());
+      return low_;
+    }
+    return nullptr;
+  }
+
+  Word low_at(const Word* low, const Word* value, std::size_t i) const {
+    if constexpr (inline_products) return product<F>(a_, value[i]);
+    return has_a ? low[i] : Word(0);
+  }
+
+  // b * value of a block, or the values themselves.
+  const Word* multiply_high(const Word* value, std::size_t n) {
+    if constexpr (has_b) {
+      if (b_ == F::one) return value;
+      multiply(b_, value, high_, n, F());
+      return high_;
+    }
+    return nullptr;
+  }
+
+  Rule rule_;
+  Word a_, b_;
+  Word low_[has_a && !inline_products ? kLanes<F> : 1] = {};
+  Word high_[has_b ? kLanes<F> : 1];
+};
+
+template <class F, Variant variant>
+void forward(const Numbers& numbers, const Block& block) {
+  Activation<F, variant> activation(numbers);
+  const bool whole = activation.unbounded && !block.stream && !block.prefetch;
+  const std::size_t lanes = whole ? block.count : kLanes<F>;
+  for_each_block<WordOf<F>>(block, lanes, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    activation.forward(input<F>(block, 0, start), y, n);
+  });
+}
+
+template <class F, Variant variant>
+void forward_bits(const Numbers& numbers, const Block& block) {
+  Activation<F, variant> activation(numbers);
+  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    const WordOf<F>* x = input<F>(block, 0, start);
+    Branches<F> branches;
+    activation.forward(x, y, branches.words, n);
+    pack<F>(branches, block.mask, start, n);
+  });
+}
+
+template <class F, Variant variant>
+void branches(const Numbers& numbers, const Block& block) {
+  Activation<F, variant> activation(numbers);
+  for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
+    const std::size_t n = smaller(kLanes<F>, block.count - start);
+    WordOf<F> words[kLanes<F>];
+    activation.branches(input<F>(block, 0, start), words, n);
+    to_bytes(words, block.mask + start, n);
+  }
+}
+
+template <class F, Variant variant, bool bits>
+void backward(const Numbers& numbers, const Block& block) {
+  Activation<F, variant> activation(numbers);
+  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+    Branches<F> branches;
+    if constexpr (bits) {
+      unpack<F>(block.mask, start, branches, n);
+    } else {
+      from_bytes(block.mask + start, branches.words, n);
+    }
+    activation.backward(branches.words, input<F>(block, 0, start), dx, n);
+  });
+}
+
+template <class F, Variant variant>
+void backward_from_input(const Numbers& numbers, const Block& block) {
+  Activation<F, variant> activation(numbers);
+  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+    WordOf<F> branches[kLanes<F>];
+    activation.branches(input<F>(block, 1, start), branches, n);
+    activation.backward(branches, input<F>(block, 0, start), dx, n);
+  });
+}
+
+// ---- Other activations --------------------------------------------------------------------------
+
+template <class F>
+void prelu(const Numbers& /*numbers*/, const Block& block) {
+  using Word = WordOf<F>;
+  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    const Word* value = input<F>(block, 0, start);
+    const Word* slope = input<F>(block, 1, start);
+    Word low[kLanes<F>], branches[kLanes<F>];
+    from_bytes(block.mask + start, branches, n);
+    multiply(slope, value, low, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      y[i] = branches[i] != kLower ? value[i] : sloped<F>(slope[i], low[i]);
+    }
+  });
+}
+
+template <class F>
+void scale(const Numbers& /*numbers*/, const Block& block) {
+  using Word = WordOf<F>;
+  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    const Word* value = input<F>(block, 0, start);
+    const Word* slope = input<F>(block, 1, start);
+    Word low[kLanes<F>];
+    multiply(slope, value, low, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      y[i] = slope[i] == F::one ? value[i] : sloped<F>(slope[i], low[i]);
+    }
+  });
+}
+
+template <class F>
+void squared_relu(const Numbers& /*numbers*/, const Block& block) {
+  using Word = WordOf<F>;
+  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    const Word* x = input<F>(block, 0, start);
+    Word square[kLanes<F>];
+    multiply(x, x, square, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) y[i] = above_zero<F>(x[i]) ? square[i] : Word(0);
+  });
+}
+
+template <class F>
+void squared_relu_backward(const Numbers& /*numbers*/, const Block& block) {
+  using Word = WordOf<F>;
+  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+    const Word* x = input<F>(block, 0, start);
+    const Word* dy = input<F>(block, 1, start);
+    typename F::Wide gradient[kLanes<F>], factor[kLanes<F>];
+    Word result[kLanes<F>];
+    widen(x, gradient, n, F());
+    widen(dy, factor, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) gradient[i] = (gradient[i] + gradient[i]) * factor[i];
+    narrow(gradient, result, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      dx[i] = above_zero<F>(x[i]) ? keep_nan<F>(x[i], result[i]) : Word(0);
+    }
+  });
+}
+
+template <class F>
+void negated_relu(const Numbers& /*numbers*/, const Block& block) {
+  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+    const WordOf<F>* x = input<F>(block, 0, start);
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) y[i] = relu<F>(negate<F>(x[i]));
+  });
+}
+
+template <class F>
+void crelu_branches(const Numbers& /*numbers*/, const Block& block) {
+  for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
+    const std::size_t n = smaller(kLanes<F>, block.count - start);
+    const WordOf<F>* x = input<F>(block, 0, start);
+    WordOf<F> words[kLanes<F>];
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) words[i] = crelu_branch<F>(x[i]);
+    to_bytes(words, reinterpret_cast<unsigned char*>(block.out) + start, n);
+  }
+}
+
+template <class F>
+void crelu_backward(const Numbers& /*numbers*/, const Block& block) {
+  using Word = WordOf<F>;
+  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+    const Word* first = input<F>(block, 0, start);
+    const Word* second = input<F>(block, 1, start);
+    typename F::Wide wide[kLanes<F>], minus[kLanes<F>];
+    Word branches[kLanes<F>], difference[kLanes<F>];
+    from_bytes(reinterpret_cast<const unsigned char*>(block.in[2]) + start, branches, n);
+    widen(first, wide, n, F());
+    widen(second, minus, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) wide[i] -= minus[i];
+    narrow(wide, difference, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) {
+      dx[i] = crelu_backward<F>(branches[i], first[i], second[i], difference[i]);
+    }
+  });
+}
+
+template <class F>
+void to_double(const Numbers& /*numbers*/, const Block& block) {
+  double* out = reinterpret_cast<double*>(block.out);
+  for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
+    const std::size_t n = smaller(kLanes<F>, block.count - start);
+    typename F::Wide wide[kLanes<F>];
+    widen(input<F>(block, 0, start), wide, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) out[start + i] = wide[i];
+  }
+}
+
+void slope_terms(double* dy, const double* x, std::size_t count) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < count; ++i) {
+    const double term = dy[i] * x[i];
+    dy[i] = above_zero<Float64>(bit_cast<std::uint64_t>(x[i])) ? 0.0 : term;
+  }
+}
+
+void add(double* total, const double* terms, std::size_t count) {
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < count; ++i) total[i] += terms[i];
+}
+
+// ---- Integers -----------------------------------------------------------------------------------
+
+// Products wrap around, as NumPy's do.
+template <class T>
+inline T wrapping_product(std::uint64_t slope, T x) {
+  return static_cast<T>(slope * static_cast<std::uint64_t>(x));
+}
+
+template <class T>
+void forward_integer(const Numbers& numbers, const Block& block) {
+  const T* x = reinterpret_cast<const T*>(block.in[0]);
+  T* y = reinterpret_cast<T*>(block.out);
+  const T t = static_cast<T>(numbers.threshold), c = static_cast<T>(numbers.max_value);
+  const std::uint64_t a = numbers.negative_slope, b = numbers.positive_slope;
+  const std::size_t count = block.count;  // which a store to y might change
+  if (a == 0 && b == 1) {
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < count; ++i) {
+      const T high = x[i] < c ? x[i] : c;
+      y[i] = x[i] > t ? high : T(0);
+    }
+    return;
+  }
+  RELU_XP_INDEPENDENT
+  for (std::size_t i = 0; i < count; ++i) {
+    const T low = wrapping_product(a, x[i]), product = wrapping_product(b, x[i]);
+    const T high = product < c ? product : c;
+    y[i] = x[i] > t ? high : low;
+  }
+}
+
+// ---- The table ----------------------------------------------------------------------------------
+
+// The branches do not depend on the negative slope, and a gradient not on the maximum.
+template <class F, Variant variant, Variant for_branches, Variant for_gradient>
+constexpr void fill_variant(KernelTable& table, Dtype dtype) {
+  table.floating[dtype][kForward][variant] = forward<F, variant>;
+  table.floating[dtype][kForwardBits][variant] = forward_bits<F, variant>;
+  table.floating[dtype][kBranches][variant] = branches<F, for_branches>;
+  table.floating[dtype][kBackwardFromInput][variant] = backward_from_input<F, variant>;
+  table.floating[dtype][kBackwardBits][variant] = backward<F, for_gradient, true>;
+  table.floating[dtype][kBackwardBytes][variant] = backward<F, for_gradient, false>;
+}
+
+template <class F>
+constexpr void fill(KernelTable& table, Dtype dtype) {
+  fill_variant<F, kPlain, kPlain, kPlain>(table, dtype);
+  fill_variant<F, kLeaky, kPlain, kLeaky>(table, dtype);
+  fill_variant<F, kClipped, kClipped, kPlain>(table, dtype);
+  fill_variant<F, kGeneral, kGeneral, kGeneral>(table, dtype);
+  fill_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table, dtype);
+  Kernel(&other)[kOperations - kVariantOperations] = table.other[dtype];
+  other[kPrelu - kVariantOperations] = prelu<F>;
+  other[kScale - kVariantOperations] = scale<F>;
+  other[kSquaredRelu - kVariantOperations] = squared_relu<F>;
+  other[kSquaredReluBackward - kVariantOperations] = squared_relu_backward<F>;
+  other[kNegatedRelu - kVariantOperations] = negated_relu<F>;
+  other[kCreluBranches - kVariantOperations] = crelu_branches<F>;
+  other[kCreluBackward - kVariantOperations] = crelu_backward<F>;
+  other[kToDouble - kVariantOperations] = to_double<F>;
+}
+
+constexpr KernelTable make_table() {
+  KernelTable table{};
+  fill<Float16>(table, kFloat16);
+  fill<BFloat16>(table, kBFloat16);
+  fill<Float32>(table, kFloat32);
+  fill<Float64>(table, kFloat64);
+  table.integer[0] = forward_integer<std::int8_t>;
+  table.integer[1] = forward_integer<std::uint8_t>;
+  table.integer[2] = forward_integer<std::int16_t>;
+  table.integer[3] = forward_integer<std::uint16_t>;
+  table.integer[4] = forward_integer<std::int32_t>;
+  table.integer[5] = forward_integer<std::uint32_t>;
+  table.integer[6] = forward_integer<std::int64_t>;
+  table.integer[7] = forward_integer<std::uint64_t>;
+  table.slope_terms = slope_terms;
+  table.add = add;
+  return table;
+}
+
+}  // namespace
+
+namespace RELU_XP_TARGET {
+// Constant, so that no code of this instruction set runs before it is known that the processor has
+// it.
+extern constexpr KernelTable kernels = make_table();
+}  // namespace RELU_XP_TARGET
+
+}  // namespace relu_xp

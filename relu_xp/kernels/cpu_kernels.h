@@ -1,0 +1,102 @@
+// The CPU kernels as module.cpp sees them: one table of functions for each instruction set.
+
+#ifndef RELU_XP_CPU_KERNELS_H
+#define RELU_XP_CPU_KERNELS_H
+
+#include <cstddef>
+#include <cstdint>
+
+namespace relu_xp {
+
+enum Dtype : std::int8_t {
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat64,
+  kFloatingDtypes,
+  kInt8 = kFloatingDtypes,  // then uint8, int16, uint16, ... uint64
+  kDtypes = kInt8 + 8
+};
+
+// Which of an activation's numbers are not the default. In a `general` variant all may be given, and
+// the slopes may still be 0 or 1, which are no products.
+enum Variant : std::int8_t { kPlain, kLeaky, kClipped, kGeneral, kGeneralClipped, kVariants };
+
+// An activation's numbers in one dtype; `struct.pack` in relu_xp/backends/native.py writes it.
+struct Numbers {
+  std::uint64_t threshold;  // bit patterns
+  std::uint64_t negative_slope;
+  std::uint64_t positive_slope;
+  std::uint64_t max_value;  // of an integer dtype without one: the largest integer
+  std::int8_t dtype;
+  std::int8_t variant;
+  std::int8_t three_branches;  // the mask has a byte an element, instead of a bit
+  std::int8_t unused[5];
+};
+static_assert(sizeof(Numbers) == 40, "struct.pack writes 40 bytes");
+
+// `count` elements that lie one behind the other, each operand aligned to its own elements. An
+// output may be the very memory of an input, and overlaps none otherwise.
+struct Block {
+  char* out;
+  const char* in[3];
+  unsigned char* mask;  // bits, which begin at a byte, or bytes
+  std::size_t count;
+  bool stream;    // store past the caches: `out` is no input, and beyond them
+  bool prefetch;  // the inputs are beyond the caches
+};
+
+using Kernel = void (*)(const Numbers&, const Block&);
+
+// What a kernel makes of its inputs, in[0], in[1] ..., which are of one dtype as `out` is.
+enum Operation {
+  kForward,       // out = f(x)
+  kForwardBits,   // out = f(x), mask = bits
+  kBranches,      // mask = bytes, of x
+  kBackwardBits,  // out = f'(x) * dy, from the mask
+  kBackwardBytes,
+  kBackwardFromInput,  // out = f'(x) * dy, from dy and x
+  kVariantOperations,  // those that follow have no variants
+  kPrelu = kVariantOperations,  // out = value where the mask (bytes) is not 0, else slope * value
+  kScale,                       // out = value where slope is 1, else slope * value
+  kSquaredRelu,                 // out = relu(x)**2
+  kSquaredReluBackward,         // out = 2 * x * dy where x is above 0, else 0
+  kNegatedRelu,                 // out = relu(-x)
+  kCreluBranches,               // out = bytes, of x
+  kCreluBackward,               // out = the gradient of CReLU from first, second and bytes
+  kToDouble,                    // out = x in double precision
+  kOperations
+};
+
+struct KernelTable {
+  Kernel floating[kFloatingDtypes][kVariantOperations][kVariants];
+  Kernel other[kFloatingDtypes][kOperations - kVariantOperations];
+  Kernel integer[kDtypes - kInt8];
+  // dy[i] *= x[i] where x[i] is at or below 0, else dy[i] = +0: what a slope's gradient is summed of.
+  void (*slope_terms)(double* dy, const double* x, std::size_t count);
+  // total[i] += terms[i]
+  void (*add)(double* total, const double* terms, std::size_t count);
+};
+
+// Elements of a mask that begins at a byte, and of a block that fits the first-level cache.
+constexpr std::size_t kBlockStep = 64;
+
+#ifdef RELU_XP_X86
+namespace v2 {
+extern const KernelTable kernels;
+}
+namespace v3 {
+extern const KernelTable kernels;
+}
+namespace v4 {
+extern const KernelTable kernels;
+}
+#else
+namespace baseline {
+extern const KernelTable kernels;
+}
+#endif
+
+}  // namespace relu_xp
+
+#endif

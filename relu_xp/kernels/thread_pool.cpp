@@ -1,0 +1,157 @@
+#include "thread_pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <system_error>
+
+#ifdef _WIN32
+#include <process.h>
+#else
+#include <unistd.h>
+#endif
+
+namespace relu_xp {
+namespace {
+
+// Time from one job of a training step to the next is mostly less.
+constexpr std::chrono::microseconds kSpin{500};
+// Looks, some 50 ns each, after which a waiting thread lets another one have its processor: it may be
+// the one that it waits for.
+constexpr int kLooksBeforeYield = 16;
+// A part is less than a whole share only where the caches do not hold that anyway.
+constexpr std::size_t kPart = std::size_t{1} << 17;
+
+void pause_or_yield(int& looks) {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#endif
+  if (++looks % kLooksBeforeYield == 0) std::this_thread::yield();
+}
+
+long process_id() {
+#ifdef _WIN32
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
+// A plain pointer: nothing runs at exit.
+std::atomic<ThreadPool*> current{nullptr};
+
+}  // namespace
+
+ThreadPool* ThreadPool::instance() {
+  ThreadPool* pool = current;
+  const long process = process_id();
+  if (pool != nullptr && pool->process_ == process) return pool;
+  // In a child after a fork the old pool is left alone: its threads, and who holds its locks, are in
+  // the parent.
+  auto* fresh = new (std::nothrow) ThreadPool(process, pool == nullptr ? 1 : pool->threads());
+  if (fresh == nullptr || current.compare_exchange_strong(pool, fresh)) return fresh;
+  delete fresh;  // another thread was first
+  return current;
+}
+
+void ThreadPool::parallel_for(std::size_t count, std::size_t step, Task task, void* context) {
+  const int threads = static_cast<int>(
+      std::min<std::size_t>(static_cast<std::size_t>(threads_), (count + step - 1) / step));
+  bool idle = false;
+  if (threads < 2 || stop_ || !busy_.compare_exchange_strong(idle, true)) {
+    task(context, 0, count);
+    return;
+  }
+  if (!start_workers(threads)) {
+    busy_ = false;
+    task(context, 0, count);
+    return;
+  }
+  const std::size_t share = (count / static_cast<std::size_t>(threads) / step + 1) * step;
+  job_ = {task, context, count, step, share, threads, {}};
+  std::fegetenv(&job_.environment);
+  for (int i = 0; i < threads; ++i) progress_[i].next = 0;
+  open_ = true;
+  ++generation_;
+  if (sleeping_ > 0) {
+    const std::scoped_lock lock(mutex_);
+    wake_.notify_all();
+  }
+  work(0);
+  open_ = false;
+  // A worker counts itself active before it looks whether the job is open: from here on none begins.
+  for (int looks = 0; active_ != 0;) pause_or_yield(looks);
+  busy_ = false;
+}
+
+void ThreadPool::shut_down() {
+  stop_ = true;
+  bool idle = false;
+  for (int looks = 0; !busy_.compare_exchange_strong(idle, true); idle = false) {
+    pause_or_yield(looks);
+  }
+  {
+    const std::scoped_lock lock(mutex_);
+    wake_.notify_all();
+  }
+  for (std::thread& worker : workers_) worker.join();
+  workers_.clear();
+  busy_ = false;
+}
+
+// Whether there is at least one worker; there may be fewer than asked for, if the system has no more.
+bool ThreadPool::start_workers(int threads) {
+  try {
+    if (progress_size_ < threads) {
+      progress_ = std::make_unique<Progress[]>(static_cast<std::size_t>(threads));
+      progress_size_ = threads;
+    }
+    while (static_cast<int>(workers_.size()) < threads - 1) {
+      const int number = static_cast<int>(workers_.size()) + 1;
+      workers_.emplace_back(&ThreadPool::run_worker, this, number, generation_.load());
+    }
+  } catch (const std::system_error&) {
+  } catch (const std::bad_alloc&) {
+  }
+  return !workers_.empty() && progress_size_ >= threads;
+}
+
+void ThreadPool::run_worker(int number, std::uint64_t seen) {
+  while (true) {
+    const auto sleep_at = std::chrono::steady_clock::now() + kSpin;
+    for (int looks = 0; generation_ == seen && !stop_;) {
+      pause_or_yield(looks);
+      if (looks % kLooksBeforeYield == 0 && std::chrono::steady_clock::now() > sleep_at) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
+        wake_.wait(lock, [&] { return generation_ != seen || stop_; });
+        --sleeping_;
+      }
+    }
+    if (stop_) return;
+    seen = generation_;
+    ++active_;
+    if (open_ && number < job_.threads) {
+      std::fesetenv(&job_.environment);
+      work(number);
+    }
+    --active_;
+  }
+}
+
+// Takes parts of this thread's share, and then of the others'.
+void ThreadPool::work(int number) {
+  const std::size_t part = std::min(job_.share, std::max(kPart / job_.step * job_.step, job_.step));
+  for (int i = 0; i < job_.threads; ++i) {
+    const int owner = (number + i) % job_.threads;
+    const std::size_t begin = static_cast<std::size_t>(owner) * job_.share;
+    const std::size_t end = std::min(begin + job_.share, job_.count);
+    while (true) {
+      const std::size_t at = begin + progress_[owner].next.fetch_add(part);
+      if (at >= end) break;
+      job_.task(job_.context, at, std::min(at + part, end));
+    }
+  }
+}
+
+}  // namespace relu_xp

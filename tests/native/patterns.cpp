@@ -1,0 +1,320 @@
+// Digests of what the kernels make of every 16-bit number, and of special and other numbers of 32
+// and 64 bits: a line for each dtype, operation and activation. The lines are to be the same for all
+// instruction sets, compilers and processors.
+//
+//   patterns NAME    with the kernels of an instruction set: v2, v3, v4 or baseline
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace {
+
+using relu_xp::Block;
+using relu_xp::Kernel;
+using relu_xp::KernelTable;
+using relu_xp::Numbers;
+using Words = std::vector<std::uint64_t>;
+
+const KernelTable* table_of(const std::string& name) {
+#ifdef RELU_XP_X86
+  if (name == "v2") return &relu_xp::v2::kernels;
+  if (name == "v3") return &relu_xp::v3::kernels;
+  if (name == "v4") return &relu_xp::v4::kernels;
+#else
+  if (name == "baseline") return &relu_xp::baseline::kernels;
+#endif
+  return nullptr;
+}
+
+struct Format {
+  const char* name;
+  relu_xp::Dtype dtype;
+  int bits;
+  int exponent_bits;
+
+  int fraction_bits() const { return bits - 1 - exponent_bits; }
+  std::uint64_t sign() const { return std::uint64_t{1} << (bits - 1); }
+  std::uint64_t infinity() const { return sign() - (std::uint64_t{1} << fraction_bits()); }
+  bool is_nan(std::uint64_t word) const { return (word & (sign() - 1)) > infinity(); }
+
+  // The bits of a number that the format holds exactly.
+  std::uint64_t word(double value) const {
+    std::uint64_t word = 0;
+    std::memcpy(&word, &value, sizeof(word));
+    const std::uint64_t magnitude = word & ~(std::uint64_t{1} << 63);
+    if (magnitude == 0) return 0;
+    const std::uint64_t bias = 1023 - ((std::uint64_t{1} << (exponent_bits - 1)) - 1);
+    return (word >> 63) * sign() | (magnitude - (bias << 52)) >> (52 - fraction_bits());
+  }
+};
+
+constexpr Format kFormats[] = {{"float16", relu_xp::kFloat16, 16, 5},
+                               {"bfloat16", relu_xp::kBFloat16, 16, 8},
+                               {"float32", relu_xp::kFloat32, 32, 8},
+                               {"float64", relu_xp::kFloat64, 64, 11}};
+
+struct Activation {
+  const char* name;
+  relu_xp::Variant variant;
+  double threshold, negative_slope, positive_slope, max_value;
+};
+
+constexpr double kSlope = 171.0 / 1024;  // eight bits: bfloat16 has no more
+constexpr Activation kActivations[] = {
+    {"relu", relu_xp::kPlain, 0, 0, 1, 0},
+    {"thresholded", relu_xp::kPlain, 1.5, 0, 1, 0},
+    {"thresholded below 0", relu_xp::kPlain, -1.5, 0, 1, 0},
+    {"leaky", relu_xp::kLeaky, 0, kSlope, 1, 0},
+    {"negative", relu_xp::kLeaky, 0, -2.5, 1, 0},
+    {"relu6", relu_xp::kClipped, 0, 0, 1, 6},
+    {"clipped below 0", relu_xp::kClipped, -3, 0, 1, -0.5},
+    {"two slopes", relu_xp::kGeneral, 0.25, kSlope, 1.75, 0},
+    {"falling", relu_xp::kGeneral, 0, 0, -kSlope, 0},
+    {"everything", relu_xp::kGeneralClipped, -0.5, kSlope, 1.75, 20},
+};
+
+struct Named {
+  const char* name;
+  int number;
+};
+constexpr Named kBranchOperations[] = {{"forward", relu_xp::kForward},
+                                       {"forward with bits", relu_xp::kForwardBits},
+                                       {"branches", relu_xp::kBranches},
+                                       {"backward from bits", relu_xp::kBackwardBits},
+                                       {"backward from bytes", relu_xp::kBackwardBytes},
+                                       {"backward from input", relu_xp::kBackwardFromInput}};
+constexpr Named kOtherOperations[] = {{"prelu", relu_xp::kPrelu},
+                                      {"scale", relu_xp::kScale},
+                                      {"squared", relu_xp::kSquaredRelu},
+                                      {"squared, backward", relu_xp::kSquaredReluBackward},
+                                      {"negated", relu_xp::kNegatedRelu},
+                                      {"crelu, branches", relu_xp::kCreluBranches},
+                                      {"crelu, backward", relu_xp::kCreluBackward},
+                                      {"to double", relu_xp::kToDouble}};
+
+std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
+  z *= 0x9e3779b97f4a7c15;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
+// Every number of 16 bits; of more, the borders of all kinds of numbers, and others.
+Words numbers_of(const Format& format) {
+  Words found;
+  if (format.bits == 16) {
+    for (std::uint64_t word = 0; word < 0x10000; ++word) found.push_back(word);
+    return found;
+  }
+  const std::uint64_t one = format.word(1) >> format.fraction_bits();
+  const std::uint64_t last = (std::uint64_t{1} << format.fraction_bits()) - 1;
+  const std::uint64_t top = format.infinity() >> format.fraction_bits();
+  for (const std::uint64_t exponent : {std::uint64_t{0}, std::uint64_t{1}, one - 3, one - 1, one,
+                                       one + 1, one + 2, one + 4, top - 1, top}) {
+    for (const std::uint64_t fraction :
+         {std::uint64_t{0}, std::uint64_t{1}, last / 2, last / 2 + 1, last - 1, last}) {
+      const std::uint64_t word = exponent << format.fraction_bits() | fraction;
+      found.push_back(word);
+      found.push_back(word | format.sign());
+    }
+  }
+  const std::uint64_t all = format.sign() | (format.sign() - 1);
+  for (std::uint64_t i = 0; i < 20011; ++i) found.push_back(scrambled(i) & all);
+  return found;
+}
+
+// An array of `itemsize` bytes an element, at an address that is aligned to that alone.
+class Array {
+ public:
+  Array(std::size_t count, std::size_t itemsize)
+      : itemsize_(itemsize), size_(count * itemsize), memory_(size_ + 2 * kEdge, kFill) {}
+  Array(const Words& words, std::size_t itemsize) : Array(words.size(), itemsize) {
+    for (std::size_t i = 0; i < words.size(); ++i) {  // little-endian
+      std::memcpy(data() + i * itemsize, &words[i], itemsize);
+    }
+  }
+
+  char* data() { return reinterpret_cast<char*>(memory_.data() + kEdge); }
+  unsigned char* bytes() { return memory_.data() + kEdge; }
+  std::size_t size() const { return size_; }
+  std::uint64_t word(std::size_t i) const {
+    std::uint64_t found = 0;
+    std::memcpy(&found, memory_.data() + kEdge + i * itemsize_, itemsize_);
+    return found;
+  }
+  // Whether nothing was written before and behind it.
+  bool is_whole() const {
+    const auto filled = [](unsigned char byte) { return byte == kFill; };
+    return std::all_of(memory_.begin(), memory_.begin() + kEdge, filled) &&
+           std::all_of(memory_.end() - kEdge, memory_.end(), filled);
+  }
+
+ private:
+  static constexpr std::ptrdiff_t kEdge = 24;
+  static constexpr unsigned char kFill = 0xa5;
+  std::size_t itemsize_, size_;
+  std::vector<unsigned char> memory_;
+};
+
+class Digest {  // FNV-1a
+ public:
+  void add(std::uint64_t word) {
+    for (int i = 0; i < 8; ++i) value_ = (value_ ^ (word >> (8 * i) & 0xff)) * 0x100000001b3;
+  }
+  std::uint64_t value() const { return value_; }
+
+ private:
+  std::uint64_t value_ = 0xcbf29ce484222325;
+};
+
+bool failed = false;
+
+// What all operations of a format read and write.
+struct Operands {
+  explicit Operands(const Format& format)
+      : format(format),
+        itemsize(static_cast<std::size_t>(format.bits / 8)),
+        x(numbers_of(format), itemsize),
+        dy(shuffled(numbers_of(format)), itemsize),
+        slopes(shuffled(shuffled(numbers_of(format))), itemsize),
+        count(x.size() / itemsize),
+        bits((count + 7) / 8, 1),
+        branches(count, 1) {}
+
+  static Words shuffled(const Words& words) {
+    Words found = words;
+    for (std::size_t i = 0; i < words.size(); ++i) {
+      found[i] = words[(i * 40503 + 12345) % words.size()];  // a prime, and so a permutation
+    }
+    return found;
+  }
+
+  Format format;
+  std::size_t itemsize;
+  Array x, dy, slopes;
+  std::size_t count;
+  Array bits, branches;
+};
+
+// Runs a kernel and prints a digest of what it writes. A NaN that stands where no input has one is
+// taken for any NaN: x86 makes negative ones, and Arm positive ones.
+void run(const std::string& name, Kernel kernel, const Numbers& numbers, Operands& operands,
+         std::vector<Array*> inputs, Array* mask, bool writes_mask, std::size_t itemsize) {
+  for (const bool stream : {false, true}) {
+    Array out(operands.count, itemsize);
+    Block block{};
+    for (std::size_t i = 0; i < inputs.size(); ++i) block.in[i] = inputs[i]->data();
+    block.out = out.data();
+    block.mask = mask == nullptr ? nullptr : mask->bytes();
+    block.count = operands.count;
+    block.stream = stream && !(writes_mask && mask == &operands.branches);
+    kernel(numbers, block);
+    Digest digest;
+    const Format& format = operands.format;
+    for (std::size_t i = 0; i < operands.count; ++i) {
+      std::uint64_t word = out.word(i);
+      if (itemsize == operands.itemsize && format.is_nan(word)) {
+        const bool given = std::any_of(inputs.begin(), inputs.end(), [&](const Array* input) {
+          return input != &operands.branches && format.is_nan(input->word(i));
+        });
+        if (!given) word = format.infinity() + 1;
+      }
+      digest.add(word);
+    }
+    if (writes_mask) {
+      for (std::size_t i = 0; i < mask->size(); ++i) digest.add(mask->word(i));
+    }
+    std::printf("%s %s%s %016llx\n", format.name, name.c_str(), stream ? ", streamed" : "",
+                static_cast<unsigned long long>(digest.value()));
+    if (!out.is_whole() || (mask != nullptr && !mask->is_whole())) {
+      std::printf("%s %s wrote beside its output\n", format.name, name.c_str());
+      failed = true;
+    }
+  }
+}
+
+void run_activation(const KernelTable& table, const Activation& activation, Operands& operands) {
+  const Format& format = operands.format;
+  Numbers numbers{};
+  numbers.threshold = format.word(activation.threshold);
+  numbers.negative_slope = format.word(activation.negative_slope);
+  numbers.positive_slope = format.word(activation.positive_slope);
+  numbers.max_value = format.word(activation.max_value);
+  numbers.dtype = format.dtype;
+  numbers.variant = activation.variant;
+  for (const Named& operation : kBranchOperations) {
+    const bool backward = operation.number >= relu_xp::kBackwardBits;
+    std::vector<Array*> inputs{backward ? &operands.dy : &operands.x};
+    if (operation.number == relu_xp::kBackwardFromInput) inputs.push_back(&operands.x);
+    Array* mask = nullptr;
+    if (operation.number == relu_xp::kForwardBits || operation.number == relu_xp::kBackwardBits) {
+      mask = &operands.bits;
+    } else if (operation.number == relu_xp::kBranches ||
+               operation.number == relu_xp::kBackwardBytes) {
+      mask = &operands.branches;
+    }
+    run(std::string(operation.name) + ", " + activation.name,
+        table.floating[format.dtype][operation.number][activation.variant], numbers, operands,
+        inputs, mask, mask != nullptr && !backward, operands.itemsize);
+  }
+}
+
+void run_others(const KernelTable& table, Operands& operands) {
+  const Format& format = operands.format;
+  Numbers numbers{};
+  numbers.positive_slope = format.word(1);
+  numbers.dtype = format.dtype;
+  for (const Named& operation : kOtherOperations) {
+    std::vector<Array*> inputs{&operands.x};
+    std::size_t itemsize = operands.itemsize;
+    Array* mask = nullptr;
+    switch (operation.number) {
+      case relu_xp::kPrelu:
+        inputs = {&operands.dy, &operands.slopes};
+        mask = &operands.branches;
+        break;
+      case relu_xp::kScale:
+        inputs = {&operands.dy, &operands.slopes};
+        break;
+      case relu_xp::kSquaredReluBackward:
+        inputs = {&operands.x, &operands.dy};
+        break;
+      case relu_xp::kCreluBranches:
+        itemsize = 1;
+        break;
+      case relu_xp::kCreluBackward:
+        inputs = {&operands.dy, &operands.slopes, &operands.branches};
+        break;
+      case relu_xp::kToDouble:
+        itemsize = sizeof(double);
+        break;
+      default:
+        break;
+    }
+    run(operation.name,
+        table.other[format.dtype][operation.number - relu_xp::kVariantOperations], numbers,
+        operands, inputs, mask, false, itemsize);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const KernelTable* table = argc == 2 ? table_of(argv[1]) : nullptr;
+  if (table == nullptr) {
+    std::fprintf(stderr, "patterns: the instruction set must be named\n");
+    return 2;
+  }
+  for (const Format& format : kFormats) {
+    Operands operands(format);
+    for (const Activation& activation : kActivations) run_activation(*table, activation, operands);
+    run_others(*table, operands);
+  }
+  return failed ? 1 : 0;
+}
