@@ -2,8 +2,8 @@
 
     package.py FOLDER
 
-The folder has one wheel and one sdist, made from this clean clone. The extras that the other checks
-do not install have to resolve.
+In the wheel is the compiled module, in the place of its sources. The folder has one wheel and one
+sdist, made from this clean clone. The extras that the other checks do not install have to resolve.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
+from sysconfig import get_config_var
 
+# What only the build needs. Of relu_xp/kernels the GPU's part is compiled where there is a GPU.
+SOURCES = ("*.cpp", "*/cpu_kernels.h", "*/thread_pool.h", "*/CMakeLists.txt")
+LARGEST = 3 << 20  # bytes of a wheel
 RESOLVED = {"cuda12": "cupy-cuda12x", "cuda13": "cupy-cuda13x"}
 
 
@@ -27,7 +32,11 @@ def main(folder: Path) -> None:
 
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
-    same("wheel", found, {name for name in ours if name.startswith("relu_xp/")})
+    wanted = {name for name in ours if name.startswith("relu_xp/")}
+    wanted -= {name for name in wanted for pattern in SOURCES if fnmatch(name, pattern)}
+    same("wheel", found, wanted | {f"relu_xp/kernels/_cpu{get_config_var('EXT_SUFFIX')}"})
+    if (size := wheel.stat().st_size) > LARGEST:
+        raise SystemExit(f"the wheel has {size:,} bytes")
     with tarfile.open(sdist) as archive:
         found = {member.name.partition("/")[2] for member in archive if member.isfile()}
     same("sdist", found, ours | {"PKG-INFO"})
@@ -39,7 +48,8 @@ def main(folder: Path) -> None:
         found = {re.sub(r"[-_.]+", "-", one["metadata"]["name"]).lower() for one in report}
         if name not in found:  # an extra that is not there is but a warning of pip's
             raise SystemExit(f"{extra} brings {', '.join(sorted(found))}, and no {name}")
-    print(f"{wheel.name}, {sdist.name}: the files of the repository; {', '.join(RESOLVED)} resolve")
+    print(f"{wheel.name} ({size:,} bytes), {sdist.name}: the files of the repository")
+    print(f"{', '.join(RESOLVED)} resolve")
 
 
 def same(what: str, found: set[str], wanted: set[str]) -> None:

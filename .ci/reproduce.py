@@ -1,12 +1,14 @@
 """The same bits on every Python that is here, with the oldest and the newest dependencies.
 
-    reproduce.py WHEEL SOURCES
+    reproduce.py SOURCES
 
-For each Python, environments with the newest and the oldest versions that pyproject.toml allows (of
-those that have wheels for it), and one with only what the package needs, get the wheel. In each,
-`tests/bits.py` of the unpacked sdist runs with and without compiled kernels, on one and on two
-threads, and the core of the tests; then all digests are compared. Warnings are errors. uv has to be
-on the PATH. PYTHONS, if set, lists the interpreters; else they are those on the PATH and pyenv's.
+A wheel for each Python is built of the unpacked sdist. Environments with the newest and the oldest
+versions that pyproject.toml allows (of those that have wheels for it), and one with only what the
+package needs, get it. In each, `tests/bits.py` runs without compiled kernels and with them, on one
+and on two threads, and in one environment with those of each instruction set; and the core of the
+tests. Then all digests are compared, with each other and with tests/digests.txt. Warnings are
+errors. uv has to be on the PATH. PYTHONS, if set, lists the interpreters; else they are those on
+the PATH and pyenv's.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from typing import NamedTuple
 
 OLDEST = (3, 11)
 STRICT = ("-W", "error", "-P")  # -P: what is installed is tested, not what lies in a folder
-EXTRAS = ("jit", "test", "demo", "plot", "dask")
+EXTRAS = ("test", "demo", "plot", "dask")
+INSTRUCTION_SETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
 CORE = ("truth_table", "layers", "numpy", "functional")
 
 
@@ -44,7 +47,7 @@ class Environment(NamedTuple):
         return f"{self.version}-{self.dependencies}"
 
 
-def main(wheel: Path, sources: Path) -> None:
+def main(sources: Path) -> None:
     """Run everything, and stop at what fails."""
     project = tomllib.loads((sources / "pyproject.toml").read_text())["project"]
     pythons = find_pythons()
@@ -58,25 +61,32 @@ def main(wheel: Path, sources: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            jobs = [pool.submit(check, e, wheel, sources, project, folder) for e in environments]
+            wheels = {v: pool.submit(build, p, v, sources, folder) for v, p in pythons.items()}
             try:
+                jobs = [
+                    pool.submit(check, e, wheels[e.version].result(), sources, project, folder)
+                    for e in environments
+                ]
                 files = [file for job in jobs for file in job.result()]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         python = str(folder / environments[1].name / "bin/python")
-        run([python, *STRICT, str(sources / "tests/bits.py"), *map(str, files)])
+        recorded = sources / "tests/digests.txt"
+        run([python, *STRICT, str(sources / "tests/bits.py"), str(recorded), *map(str, files)])
         lines = len(files[-1].read_text().splitlines())
-        print(f"{lines} digests, the same of {len(files)} runs in {len(environments)} environments")
+        print(f"{lines} digests, those of {recorded.name}, of {len(files)} runs")
 
 
 def check(
-    environment: Environment, wheel: Path, sources: Path, project: dict, folder: Path
+    environment: Environment, wheel: Path | SystemExit, sources: Path, project: dict, folder: Path
 ) -> list[Path]:
     """Make an environment, run everything in it, and return where its digests are."""
     start = time.monotonic()
     bare = environment.dependencies == "bare"
     try:
+        if isinstance(wheel, SystemExit):
+            raise wheel
         python = install(environment, wheel, project, folder)
     except SystemExit as error:
         if environment.version in claimed(project):
@@ -84,17 +94,16 @@ def check(
         print(f"NOT TRIED: {environment.name} cannot be had\n{error}", flush=True)
         return []
     files = []
-    no_kernels = bare or environment.version.endswith("t")  # which are for a Python with the GIL
-    for jit, count in itertools.product("0" if no_kernels else "01", threads()):
-        file = folder / f"{environment.name},jit={jit},threads={count}"
-        setting = {"RELU_XP_JIT": jit, "RELU_XP_NUM_THREADS": count}
+    for setting in settings(environment):
+        name = ",".join(f"{key.removeprefix('RELU_XP_')}={value}" for key, value in setting.items())
+        file = folder / f"{environment.name},{name}"
         file.write_text(run([python, *STRICT, str(sources / "tests/bits.py")], folder, setting))
         files.append(file)
     bits = time.monotonic() - start
     tests = ""
     if not bare:
-        libraries = "numpy,array_api_strict" + ",numpy_llvm" * (not no_kernels)
-        options = ["-q", "-p", "no:cacheprovider", "--no-skip", "--xp", libraries]
+        options = ["-q", "-p", "no:cacheprovider", "--no-skip"]
+        options += ["--xp", "native,numpy,array_api_strict"]
         options += ["-k", "not two_libraries and not two_devices"]  # which need some more
         options += [f"tests/test_{name}.py" for name in CORE]
         output = run([python, *STRICT, "-m", "pytest", *options], sources, cache=folder)
@@ -109,13 +118,43 @@ def check(
     return files
 
 
+def settings(environment: Environment) -> list[dict[str, str]]:
+    """Return the environment variables of each run of tests/bits.py."""
+    found = [{"RELU_XP_NATIVE": "0"}]
+    found += [{"RELU_XP_NUM_THREADS": count} for count in threads()]
+    if environment.dependencies == "bare":
+        found += [{"RELU_XP_CPU": name} for name in instruction_sets()]
+    return found
+
+
+def instruction_sets() -> list[str]:
+    """Return those that this processor has, and say which it has not."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    needed = dict(zip(INSTRUCTION_SETS, ("sse4_2", "avx2", "avx512bw"), strict=True))
+    for name, flag in needed.items():
+        if flag not in flags:
+            print(f"NOT TRIED: {name}, which this processor lacks", flush=True)
+    return [name for name, flag in needed.items() if flag in flags]
+
+
+def build(python: str, version: str, sources: Path, folder: Path) -> Path | SystemExit:
+    """Build a wheel for a Python, and return it; or the error, if that Python may be absent."""
+    out = folder / f"wheel-{version}"
+    try:
+        run(["uv", "build", "--quiet", "--wheel", "--python", python, "-o", str(out), str(sources)])
+    except SystemExit as error:
+        return error
+    (wheel,) = out.glob("*.whl")
+    return wheel
+
+
 def install(environment: Environment, wheel: Path, project: dict, folder: Path) -> str:
     """Make an environment, and return its interpreter."""
     python = str(folder / environment.name / "bin/python")
     run(["uv", "venv", "--quiet", "--python", environment.python, str(Path(python).parents[1])])
     given = list(project["dependencies"])
     if environment.dependencies != "bare":
-        given += extras(project, EXTRAS if environment.dependencies == "oldest" else EXTRAS[:2])
+        given += extras(project, EXTRAS if environment.dependencies == "oldest" else EXTRAS[:1])
     # Direct is what is given here: the wheel's own requirements would not be.
     resolution = "lowest-direct" if environment.dependencies == "oldest" else "highest"
     options = ["--quiet", "--only-binary", ":all:", "--resolution", resolution, "--python", python]
@@ -204,4 +243,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main(*(Path(argument).resolve() for argument in sys.argv[1:3]))
+    main(Path(sys.argv[1]).resolve())

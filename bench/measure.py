@@ -81,6 +81,9 @@ class Rounds:
         """Note one timing."""
         self._timings[name].append((seconds, calm))
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._timings
+
     def median(self, name: str) -> float:
         """Return a candidate's median, in seconds."""
         return self.spread(lambda seconds: seconds, name).median
@@ -248,13 +251,14 @@ def module(name: str) -> Any:
         return None
 
 
+def processor(field: str) -> str:
+    """Return what Linux says of the first processor; nothing elsewhere."""
+    lines = (line for line in _lines("/proc/cpuinfo") if line.startswith(field))
+    return next(lines, "").partition(":")[2].strip()
+
+
 def conditions(*packages: str) -> dict[str, Any]:
     """Return machine, versions and date."""
-    processor = platform.processor()
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
     versions = {}
     for package in ("numpy", "array-api-compat", *packages):
         try:
@@ -263,7 +267,7 @@ def conditions(*packages: str) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "processor": processor,
+        "processor": processor("model name") or platform.processor(),
         "cpus": cpus(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

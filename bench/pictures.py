@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +18,50 @@ STYLES: dict[str, dict[str, Any]] = {
     "JAX": {"color": "0.6", "marker": "D", "linestyle": "-."},
     "copy": {"color": "0.75", "linewidth": 3, "zorder": 1},
 }
-PANELS = (
-    ("forward", "backward", "both"),
-    ("forward, out=", "backward, out=", "both, out="),
-)
 PASSES = ("forward", "forward + mask", "backward", "both")
 
 
-def draw(result: Mapping[str, Any], beside: Path) -> list[Path]:
-    """Draw what there is of `bench.cpu`'s sweep and of the forum's spellings.
+def draw(rows: Rows, beside: Path) -> Path | None:
+    """Draw the time an element takes, against how many there are, of `bench.cpu`'s sweep.
 
     Parameters
     ----------
-    result : mapping
-        What it saves.
+    rows : list of dict
+        Of that section.
     beside : path
-        Where that is; ``cpu.json`` gives ``cpu-time.png`` and ``cpu-bandwidth.png``.
+        Where its result is; ``cpu.json`` gives ``cpu-time.png``.
 
     Returns
     -------
-    list of path
-        The pictures; none without matplotlib.
+    path or None
+        The picture; None without matplotlib.
     """
     try:
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
     except ImportError:
-        return []
-    drawn = []
-    for section, name, picture in (
-        ("sweep", "time", _time),
-        ("forum", "bandwidth", _bandwidth),
-    ):
-        if section in result:
-            figure = Figure(layout="constrained", dpi=120)
-            picture(figure, result[section]["rows"])
-            drawn.append(beside.with_name(f"{beside.stem}-{name}.png"))
-            figure.savefig(drawn[-1])
-    return drawn
+        return None
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=120)
+    operations = list(dict.fromkeys(row["operation"] for row in rows))
+    grid = figure.subplots(1, len(operations), sharex=True, sharey=True, squeeze=False)
+    for axes, operation in zip(grid.flat, operations, strict=True):
+        for library, style in STYLES.items():
+            times = [
+                (row["elements"], 1e3 * row[library] / row["elements"])
+                for row in rows
+                if row["operation"] == operation and library in row
+            ]
+            if times:
+                axes.loglog(*zip(*times, strict=True), markersize=4, **{"label": library, **style})
+        axes.set_title(operation)
+        axes.set_xlabel("elements, float32")
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    grid[0, 0].set_ylabel("ns an element")
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
+    path = beside.with_name(f"{beside.stem}-time.png")
+    figure.savefig(path)
+    return path
 
 
 def draw_passes(rows: Rows, path: Path) -> bool:
@@ -116,61 +121,3 @@ def draw_passes(rows: Rows, path: Path) -> bool:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return True
-
-
-def _time(figure: Any, rows: Rows) -> None:
-    """Draw the time an element takes, against how many there are."""
-    figure.set_size_inches(10, 6.5)
-    grid = figure.subplots(2, 3, sharex=True, sharey=True)
-    for axes, operation in zip(grid.flat, sum(PANELS, ()), strict=True):
-        chosen = [row for row in rows if row["operation"] == operation]
-        for library, style in STYLES.items():
-            times = [
-                (row["elements"], 1e3 * row[library] / row["elements"])
-                for row in chosen
-                if library in row
-            ]
-            if times:
-                axes.loglog(*zip(*times, strict=True), markersize=4, **{"label": library, **style})
-        axes.set_title(operation if "," in operation else f"{operation}, fresh")
-        axes.grid(color="0.9")
-        axes.set_axisbelow(True)
-    for axes in grid[1]:
-        axes.set_xlabel("elements, float32")
-    for axes in grid[:, 0]:
-        axes.set_ylabel("ns an element")
-    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
-    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines))
-
-
-def _bandwidth(figure: Any, rows: Rows) -> None:
-    """Draw each spelling's share of the copy's bandwidth."""
-    groups: dict[str, dict[str, Rows]] = {}  # by operation, by dtype
-    for row in rows:
-        size_and_dtype, _, operation = row["group"].partition(", ")
-        if "share" in row:
-            groups.setdefault(operation, {}).setdefault(size_and_dtype, []).append(row)
-    heights = [max(map(len, by_dtype.values())) + 2 for by_dtype in groups.values()]
-    figure.set_size_inches(9, 0.21 * sum(heights) + 1)
-    grid = figure.subplots(
-        len(groups), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for axes, (operation, by_dtype) in zip(grid.flat, groups.items(), strict=True):
-        for place, (dtype, chosen) in enumerate(by_dtype.items()):
-            positions = [index + 0.4 * place - 0.2 for index in range(len(chosen))]
-            shares = [row["share"] for row in chosen]
-            axes.barh(positions, shares, 0.4, color=("0.25", "0.7")[place % 2], label=dtype)
-        chosen = next(iter(by_dtype.values()))
-        axes.set_yticks(range(len(chosen)), _labels(chosen), family="monospace", size=7)
-        for row, label in zip(chosen, axes.get_yticklabels(), strict=True):
-            label.set_fontweight("bold" if row["library"] == "relu_xp" else "normal")
-        axes.set_ylim(len(chosen) - 0.4, -0.6)
-        axes.axvline(1, color="0", linewidth=0.8)
-        axes.set_title(operation)
-    grid[-1, 0].set_xlabel("bytes a second, over the fastest copy's")
-    handles, names = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-
-
-def _labels(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return [textwrap.shorten(row["code"], 62, placeholder=" ...") for row in rows]

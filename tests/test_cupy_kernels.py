@@ -481,6 +481,60 @@ def test_tails_and_misaligned_views(backend, dtype):
                 assert all(intact() for _, intact in (*memory, mask)), (size, start)
 
 
+@pytest.mark.parametrize("dtype", oracle.DTYPES)
+def test_a_slope_that_is_nan_is_the_result(backend, dtype):
+    """Sign and payload, also of a NaN that is multiplied; above 0 nothing is multiplied."""
+    form = oracle.Format(dtype)
+    nan = form.sign | form.infinity | (form.infinity >> 1 & ~form.infinity) | 3
+    quiet = form.infinity | form.infinity >> 1 | 1
+    one = oracle.DTYPES[dtype].type(1).view(form.unsigned)
+    words = np.array([form.sign | one, one, quiet, form.sign | form.infinity, 0], form.unsigned)
+    slopes = np.full(5, nan, form.unsigned)
+    with LIBRARIES["cupy_host"].running():
+        import cupy_host
+
+        x, a = (cupy_host.array(bits.view(oracle.DTYPES[dtype])) for bits in (words, slopes))
+        for got, upper in (
+            (backend.sloped(x, x, a, None), words),
+            (backend.sloped(None, x, a, None), np.full(5, one, form.unsigned)),
+        ):
+            wanted = [nan, upper[1], upper[2], nan, nan]
+            assert cupy_host.to_numpy(got).view(form.unsigned).tolist() == wanted
+        for got in (backend.sloped(x, None, a, None),):
+            assert cupy_host.to_numpy(got).view(form.unsigned).tolist() == slopes.tolist()
+
+
+def test_float64_is_rounded_to_16_bits_once(backend):
+    """By way of float32 to nearest it would be twice: 1 + 2**-11 is halfway to the next float16."""
+    import cupy_host
+
+    x = np.array([(1 + 2.0**-11 - 2.0**-40) / 2])
+    with LIBRARIES["cupy_host"].running():
+        _, pullback = relu_xp.squared_relu_vjp(cupy_host.array(x))
+        dx = pullback(cupy_host.array(np.ones(1, np.float16)))
+        assert cupy_host.to_numpy(dx).tolist() == [1.0]
+    for name, key in (
+        ("squared_relu_backward", ("float64", "float16", FLAT)),
+        ("prelu", ("float16", "float64", FLAT)),
+        ("round_to", ("float16", "float16", FLAT)),
+    ):
+        ptx = cupy_host.compile_for(variant_sources(backend, name, "float16")[key], 90, ptx=True)
+        conversions = re.findall(r"\bcvt\.\w+\.f32\.f64\b", ptx)
+        assert set(conversions) == {"cvt.rz.f32.f64"}, name
+
+
+def test_a_subnormal_slope_of_a_narrower_dtype_is_no_zero(backend):
+    import cupy_host
+
+    slope = np.array([1e-40], np.float32)
+    with LIBRARIES["cupy_host"].running():
+        y = backend.sloped(*[cupy_host.array(np.array([-2.0]))] * 2, cupy_host.array(slope), None)
+        assert cupy_host.to_numpy(y).tolist() == [-2.0 * float(slope[0])]
+    code = variant_sources(backend, "prelu_forward", "float64")["float64", "float32", FLAT]
+    ptx = cupy_host.compile_for(code, 90, ptx=True)
+    assert set(re.findall(r"\bcvt\S*\.f64\.f32\b", ptx)) == {"cvt.f64.f32"}
+
+
 HOST_CHECKS = {
     "apart": (
         '"if (i != 3) y[i] = __ballot_sync(0xff, 1);"',
@@ -565,6 +619,50 @@ def test_the_layout_chooses_the_kernel(backend, layout):
                 check(f"backward_{kind}{a}_{its_form}", pullback, dy)
                 both = "vectorized" if form == its_form == "vectorized" else "strided"
                 check(f"backward_from_input{ac}_{both}", relu_xp.relu_backward, dy, x, **numbers)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{}, {"negative_slope": 0.5, "max_value": 3.0}], ids=["bits", "bytes"]
+)
+def test_dense_arrays_take_the_vectorized_kernel_in_any_order_of_axes(backend, numbers):
+    """As NHWC seen as NCHW. The mask counts in memory order, and results keep the layout."""
+    rng = np.random.default_rng(11)
+    shapes = ((2, 3, 4, 5), (3, 1, 2, 8))
+    with LIBRARIES["cupy_host"].running() as launches:
+        import cupy_host
+
+        for shape, axes in itertools.product(shapes, itertools.permutations(range(4))):
+            memory, gradient = rng.standard_normal((2, *shape)).astype(np.float32) * 4
+            x, dy = (cupy_host.array(host.transpose(axes)) for host in (memory, gradient))
+            launches.clear()
+            *results, mask, dx, from_input, slope = run_all(x, dy, numbers)
+            results += [dx, from_input, slope]
+            assert len(launches) == len(results)
+            assert all(name.endswith("_vectorized") for name, _ in launches), axes
+            assert len({str(arrays) for _, arrays in launches if len(arrays) == 2}) == 1
+            branches = (memory > 0) * (1 + (memory >= numbers.get("max_value", np.inf)))
+            packed = branches.ravel() if numbers else np.packbits(memory > 0, bitorder="little")
+            np.testing.assert_array_equal(cupy_host.to_numpy(mask), packed)
+            with np.errstate(all="ignore"):
+                wanted = run_all(memory, gradient, numbers)
+            for got, in_memory_order in zip(results, (*wanted[:2], *wanted[3:]), strict=True):
+                assert steps(got) == steps(x)
+                host = cupy_host.to_numpy(got)
+                np.testing.assert_array_equal(host, in_memory_order.transpose(axes))
+            # A gradient of another layout goes element by element, and so may the output.
+            launches.clear()
+            _, pullback = relu_xp.relu_vjp(x, **numbers)
+            flat = cupy_host.array(np.ascontiguousarray(gradient.transpose(axes)))
+            np.testing.assert_array_equal(
+                cupy_host.to_numpy(pullback(flat)), cupy_host.to_numpy(dx)
+            )
+            form = "vectorized" if steps(flat) == steps(x) else "strided"
+            assert launches[-1][0].endswith(form)
+
+
+def steps(x):
+    """Return the strides that are ever taken."""
+    return [stride for stride, length in zip(x.strides, x.shape, strict=True) if length != 1]
 
 
 def test_small_and_empty_arrays(backend):

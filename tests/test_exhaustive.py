@@ -21,7 +21,6 @@ from conftest import unavailable
 from libraries import LIBRARIES, parameter
 
 import relu_xp
-from relu_xp import kernels
 from relu_xp.testing import oracle
 
 FORM = oracle.Format("float32")

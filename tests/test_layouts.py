@@ -210,6 +210,25 @@ def test_the_layout_of_x_is_kept(xp, shape):
             assert pullback(xp.array(x)).strides == np.empty_like(x).strides
 
 
+@pytest.mark.libraries("ndarray")
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_the_layouts_of_variants(xp, order):
+    """As x, as dy; of CReLU in C order, and its gradient as x."""
+    x = laid_out(np.random.default_rng(9).standard_normal((3, 5, 7)), order)
+    dy = laid_out(np.ones(x.shape), (order[1], order[2], order[0]))
+    for y, pullback in (
+        relu_xp.prelu_vjp(x, np.full(5, 0.5)),
+        relu_xp.rrelu_vjp(x, rng=np.random.default_rng(0)),
+        relu_xp.squared_relu_vjp(x),
+    ):
+        dx = pullback(dy)
+        assert y.strides == x.strides
+        assert (dx[0] if isinstance(dx, tuple) else dx).strides == dy.strides
+    y, pullback = relu_xp.crelu_vjp(x)
+    assert y.flags.c_contiguous
+    assert pullback(y).strides == x.strides
+
+
 def check_mask(xp, x, in_order):
     """Compare the masks of an array with what `in_order` makes of which elements are kept.
 
@@ -682,3 +701,23 @@ def test_unaligned_arrays():
     np.testing.assert_array_equal(y, np.where(x > 0, x, x * np.float32(0.5)))
     np.testing.assert_array_equal(relu_xp.relu(x), np.maximum(x, 0))
     np.testing.assert_array_equal(pullback(x), y)
+
+
+# ---- Exact overlap ------------------------------------------------------------------------------
+
+
+@pytest.mark.libraries("strided")
+@pytest.mark.parametrize("strides", [(3, 2), (2, 3), (-3, 2), (5, 1)], ids=str)
+def test_an_out_whose_own_elements_interlock(xp, strides):
+    """Rows begin within the span of others, but no two elements share memory."""
+    shape = (2, 3) if strides != (2, 3) else (3, 2)
+    host = np.arange(-6.0, 6.0, dtype=np.float32)
+    start = host[3:] if strides[0] < 0 else host
+    x = -np.arange(6.0, dtype=np.float32).reshape(shape) + 2
+    view = np.lib.stride_tricks.as_strided(start, shape, [4 * stride for stride in strides])
+    out = xp.array(view)
+    assert relu_xp.relu(xp.array(x), out=out) is out
+    np.testing.assert_array_equal(xp.numpy(out), np.maximum(x, 0))
+    overlapping = np.lib.stride_tricks.as_strided(host, (2, 3), (8, 4))
+    with pytest.raises(ValueError, match="relu: out is a broadcast view"):
+        relu_xp.relu(xp.array(np.ones((2, 3), np.float32)), out=xp.array(overlapping))

@@ -558,14 +558,17 @@ class TestInterrupts:
                 time.sleep(delay)
                 os.kill(os.getpid(), signal.SIGINT)
 
+            def call_until_then(thread):
+                thread.start()
+                deadline = time.monotonic() + 20
+                while time.monotonic() < deadline:
+                    relu_xp.relu(mine, out=mine)
+                    relu_xp.relu_vjp(mine, out=mine)[1](mine)
+
             for number in range(100):
                 thread = threading.Thread(target=interrupt, args=(0.0003 * number,))
                 try:
-                    thread.start()
-                    deadline = time.monotonic() + 20
-                    while time.monotonic() < deadline:
-                        relu_xp.relu(mine, out=mine)
-                        relu_xp.relu_vjp(mine, out=mine)[1](mine)
+                    call_until_then(thread)
                 except KeyboardInterrupt:
                     caught += 1
                 thread.join()

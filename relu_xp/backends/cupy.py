@@ -75,7 +75,7 @@ _PREAMBLE = _source()
 class _Pass(NamedTuple):
     """A pass of ``cuda_kernels.cuh``, and what it is made of."""
 
-    type: str  # with a place for each activation
+    type: str  # with a {} for each activation
     activations: tuple[str, ...]  # a dtype, and the letters of t, a, b, c; - is one without a part
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -112,7 +112,8 @@ def kernel(name: str, given: str, vectorized: bool) -> cupy.ElementwiseKernel:
     """
     kind, activations, inputs, outputs = PASSES[name]
     numbers, types, fields = [], [], []
-    for dtype, *letters in activations:
+    for form in activations:
+        dtype, letters = form[0], form[1:]
         numbers += [f"{dtype} {letter}" for letter in letters if letter in given]
         has = ", ".join(str(letter in given).lower() for letter in letters)
         types.append(f"Activation<{dtype}, {has}>")
@@ -436,18 +437,13 @@ def place(x: cupy.ndarray) -> tuple[str, int]:
 
 
 def fits(out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
-    """Tell whether `out` surely may take a result. See `relu_xp.backends.Backend`."""
-    if type(out) is not cupy.ndarray or not _c_contiguous(out):
-        return False
-    start = out.data.ptr
-    end = start + out.nbytes
-    for x in (like, other):
-        if x is not out:
-            first = x.data.ptr
-            if not _c_contiguous(x) or (first < end and start < first + x.nbytes):
-                return False
-    return (  # type: ignore[no-any-return]
-        out.shape == like.shape
+    """Return whether `out` is valid, quickly. See `relu_xp.backends.Backend`."""
+    return (
+        type(out) is cupy.ndarray
+        and _c_contiguous(out)
+        and (like is out or _are_apart(out, like))
+        and (other is out or _are_apart(out, other))
+        and out.shape == like.shape
         and out.dtype == like.dtype
         and out.data.device_id == like.data.device_id
     )
@@ -455,8 +451,19 @@ def fits(out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
 
 def check_out(out: cupy.ndarray, inputs: Sequence[cupy.ndarray]) -> None:
     """Refuse an `out` that shares memory with itself or with an input that it is not."""
+    if _c_contiguous(out):
+        inputs = [x for x in inputs if x is not out and not _are_apart(out, x)]
+        if not inputs:
+            return
     # CuPy's own `may_share_memory` says no where two imports of one memory overlap.
     check_memory(_address_view(out), [_address_view(x) for x in inputs])
+
+
+def _are_apart(out: cupy.ndarray, x: cupy.ndarray) -> bool:
+    """Return whether x is contiguous, and before or behind an `out` that is so too."""
+    start, first = out.data.ptr, x.data.ptr
+    apart: bool = start + out.nbytes <= first or first + x.nbytes <= start
+    return apart and _c_contiguous(x)
 
 
 def _address_view(x: cupy.ndarray) -> np.ndarray[Any, Any]:

@@ -50,6 +50,7 @@ _Array = npt.NDArray[Any]
 
 _RELU = activation_of(ZERO, ZERO, ONE, None)
 
+
 def forward(numbers: Rounded, x: _Array, out: _Array | None) -> _Array:
     """Return f(x). See `relu_xp.backends.Backend`."""
     return cpu.forward(numbers.record, x, out)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import array_api_compat.numpy
 import numpy as np
 import numpy.typing as npt
 
@@ -52,6 +53,15 @@ _PART = 1 << 16  # elements of the slopes' gradient that are summed by themselve
 _ROW = 1 << 10  # elements that are summed side by side
 _PLACE = ("numpy", None)
 
+
+def _where(condition: Any, x: Any, y: Any, /) -> Any:
+    """Return ``numpy.where`` without a promotion of Python numbers, which NumPy 2.0 crashes on."""
+    dtype = getattr(x, "dtype", None) or y.dtype
+    return np.where(condition, np.asarray(x, dtype), np.asarray(y, dtype))
+
+
+_namespace = SimpleNamespace(**vars(array_api_compat.numpy) | {"where": _where})
+generic.NAMESPACES.update({np.ndarray: _namespace, np.memmap: _namespace})
 
 
 @functools.lru_cache(maxsize=1024)

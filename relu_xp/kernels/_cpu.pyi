@@ -1,4 +1,4 @@
-"""The compiled module (module.cpp). Arrays and masks are checked as far as memory safety needs it."""
+# The compiled module (module.cpp), which checks what memory safety needs.
 
 from typing import Any, TypeAlias
 
@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from relu_xp.mask import Mask
 
-_Array = NDArray[Any]
+_Array: TypeAlias = NDArray[Any]
 _Axes: TypeAlias = tuple[int, ...] | None
 
 instruction_set: str

@@ -1,11 +1,11 @@
 // The CPU kernels, compiled once for each instruction set (CMakeLists.txt), each time into a
-// namespace of its own. Nothing here may call an inline function of the standard library: the linker
-// would keep one copy of it for all instruction sets.
+// namespace of its own. Nothing here may call an inline function of the standard library: the
+// linker would keep one copy of it for all instruction sets.
 //
 // A kernel goes through its elements in blocks of 512 bytes, which stay in the first-level cache
-// between the plain loops that each do one thing to them. The loops have run-time counts and lanes of
-// one width, which GCC and clang vectorize; what they cannot make of plain C++, the packing of bits
-// and the conversion of float16, is intrinsics.
+// between the plain loops that each do one thing to them. The loops have lanes of one width, which
+// GCC and clang vectorize; what they cannot make of plain C++, the packing of bits and the
+// conversion of float16, is intrinsics.
 
 #include "cpu_kernels.h"
 
@@ -27,7 +27,8 @@
 #define RELU_XP_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// The length of a whole block is a constant then, for which loops have no rest.
+// For what runs over a block: the length of a whole one is a constant where it is inlined, and
+// loops have no remainder (7 % of a pass that saves a mask, float16 beyond the caches).
 #define RELU_XP_ALWAYS_INLINE [[gnu::always_inline]] inline
 
 namespace relu_xp {
@@ -60,7 +61,7 @@ inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b;
 // ---- Formats ------------------------------------------------------------------------------------
 
 struct Float32 : Format<std::uint32_t, std::int32_t, 32, 8> {
-  using Wide = float;  // the type that computes
+  using Wide = float;                               // the type that computes
   static constexpr bool multiply_keeps_nan = true;  // as the processor's multiplications do
   static Word multiply(Word a, Word b) {
     return bit_cast<Word>(bit_cast<float>(a) * bit_cast<float>(b));
@@ -113,7 +114,7 @@ inline float widened(std::uint16_t x, BFloat16 /*format*/) {
 // The upper half of the result is the bfloat16.
 inline std::uint32_t rounded(float number, BFloat16 /*format*/) {
   const std::uint32_t word = bit_cast<std::uint32_t>(number);
-  const std::uint32_t nan = (word & 0x80000000) | 0x7fc00000;  // as ml_dtypes has it
+  const std::uint32_t nan = (word & 0x80000000) | 0x7fc00000;               // as ml_dtypes has it
   return is_nan<Float32>(word) ? nan : word + 0x7fff + ((word >> 16) & 1);  // ties to even
 }
 
@@ -167,8 +168,8 @@ inline std::uint16_t narrowed(float number, Float16 /*format*/) {
   return static_cast<std::uint16_t>(sign | result);
 }
 
-// float32 of one vector of float16. Their words are stored together: a store of each half would have
-// to leave the store buffer before the whole vector can be loaded.
+// float32 of one vector of float16. Their words are stored together: a store of each half would
+// have to leave the store buffer before the whole vector can be loaded.
 #if defined(__AVX512F__)
 struct Floats {
   __m512 first, second;
@@ -258,25 +259,29 @@ inline Floats slope_floats(const std::uint16_t* slopes, std::size_t i) {
   return load_float16(slopes + i);
 }
 
-// Writes slope * value, rounded once, for a block; `slope` is a word, or points to one for each value.
+// Writes slope * value, rounded once, for a block; `slope` is a word, or points to one for each
+// value.
 template <class F, class Slope>
 RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const WordOf<F>* value, WordOf<F>* result,
-                                std::size_t n, F /*format*/) {
+                                    std::size_t n, F /*format*/) {
   RELU_XP_INDEPENDENT
   for (std::size_t i = 0; i < n; ++i) result[i] = product<F>(slope_at(slope, i), value[i]);
 }
 
 // Two bfloat16 in a word of 32 bits are the upper halves of two float32 after a shift and a mask:
-// lanes of one width, which take half the time of lanes that are widened and narrowed.
+// lanes of one width (leaky ReLU beyond the caches, 25 M elements on one core: 5.2 ms; with lanes
+// that are widened and narrowed 6.3).
 template <class Slope>
 RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std::uint16_t* result,
-                                std::size_t n, BFloat16 format) {
+                                    std::size_t n, BFloat16 format) {
   RELU_XP_INDEPENDENT
   for (std::size_t i = 0; i < n / 2; ++i) {
     const std::uint32_t slopes = pair_at(slope, i), values = pair_at(value, i);
     const float first = bit_cast<float>(slopes << 16) * bit_cast<float>(values << 16);
-    const float second = bit_cast<float>(slopes & 0xffff0000) * bit_cast<float>(values & 0xffff0000);
-    const std::uint32_t both = rounded(first, format) >> 16 | (rounded(second, format) & 0xffff0000);
+    const float second =
+        bit_cast<float>(slopes & 0xffff0000) * bit_cast<float>(values & 0xffff0000);
+    const std::uint32_t both =
+        rounded(first, format) >> 16 | (rounded(second, format) & 0xffff0000);
     memcpy(result + 2 * i, &both, sizeof both);
   }
   if (n % 2 != 0) {
@@ -287,7 +292,7 @@ RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std
 
 template <class Slope>
 RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std::uint16_t* result,
-                                std::size_t n, Float16 format) {
+                                    std::size_t n, Float16 format) {
   std::size_t i = 0;
   for (; n - i >= kFloats; i += kFloats) {
     const Floats factors = slope_floats(slope, i), values = load_float16(value + i);
@@ -369,8 +374,8 @@ inline std::uint64_t pack_vector(const unsigned char* bytes) {
 inline void unpack_vector(std::uint64_t bits, unsigned char* bytes) {
 #if defined(__AVX2__)
   const __m256i each = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202,
-                                             0x0303030303030303);
+  const __m256i byte_of =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   for (int k = 0; k < 2; ++k) {
     const __m256i all = _mm256_set1_epi32(static_cast<int>(bits >> (32 * k)));
     const __m256i one = _mm256_and_si256(_mm256_shuffle_epi8(all, byte_of), each);
@@ -388,10 +393,11 @@ inline void unpack_vector(std::uint64_t bits, unsigned char* bytes) {
 }
 #endif
 
-// Writes the branches of a block as bits from bit `start` of the mask on; of the bytes that it writes,
-// bits before that stay, and those behind the last are 0.
+// Writes the branches of a block as bits from bit `start` of the mask on; of the bytes that it
+// writes, bits before that stay, and those behind the last are 0.
 template <class F>
-RELU_XP_ALWAYS_INLINE void pack(Branches<F>& branches, unsigned char* mask, std::size_t start, std::size_t n) {
+RELU_XP_ALWAYS_INLINE void pack(Branches<F>& branches, unsigned char* mask, std::size_t start,
+                                std::size_t n) {
   using P = Packed<WordOf<F>>;
   constexpr std::size_t count = kLine / sizeof(P);
   P bytes[sizeof(P) == 1 ? kLanes<F> + kLine : 1];
@@ -424,7 +430,8 @@ RELU_XP_ALWAYS_INLINE void pack(Branches<F>& branches, unsigned char* mask, std:
 
 // Writes bits, from bit `start` of the mask on, as the branches of a block: 0 and 1.
 template <class F>
-RELU_XP_ALWAYS_INLINE void unpack(const unsigned char* mask, std::size_t start, Branches<F>& branches, std::size_t n) {
+RELU_XP_ALWAYS_INLINE void unpack(const unsigned char* mask, std::size_t start,
+                                  Branches<F>& branches, std::size_t n) {
   using P = Packed<WordOf<F>>;
   constexpr std::size_t count = kLine / sizeof(P);
   P bytes[sizeof(P) == 1 ? kLanes<F> + kLine : 1];
@@ -454,16 +461,19 @@ RELU_XP_ALWAYS_INLINE void unpack(const unsigned char* mask, std::size_t start, 
 
 // ---- Blocks -------------------------------------------------------------------------------------
 
-inline void stream_line(const unsigned char* from, unsigned char* to) {
+// Moves a block to whole lines of memory, past the caches.
+inline void stream_block(const unsigned char* from, void* to) {
 #if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+  for (std::size_t k = 0; k < kBlockBytes / sizeof(__m512i); ++k) {
+    _mm512_stream_si512(static_cast<__m512i*>(to) + k, _mm512_load_si512(from + 64 * k));
+  }
 #elif defined(__SSE2__)
-  for (int k = 0; k < 4; ++k) {
-    const __m128i part = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from) + k);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to) + k, part);
+  for (std::size_t k = 0; k < kBlockBytes / sizeof(__m128i); ++k) {
+    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(from) + k);
+    _mm_stream_si128(static_cast<__m128i*>(to) + k, part);
   }
 #else
-  memcpy(to, from, kLine);
+  memcpy(to, from, kBlockBytes);
 #endif
 }
 
@@ -475,38 +485,35 @@ template <class Out, class Function>
 
 // Calls function(start, n, out) for one block after the other, which writes n elements to `out`.
 //
-// To store past the caches, it writes whole lines to a buffer that are then moved to aligned lines of
-// the output: an ordinary store reads a line before it writes it, which for an array beyond the caches
-// is a third of all traffic, and a streaming store of part of a line costs a quarter.
+// To store past the caches, it writes whole lines to a buffer that are then moved to aligned lines
+// of the output: an ordinary store reads a line before it writes it, which for an array beyond the
+// caches is a third of all traffic, and a streaming store of part of a line costs a quarter.
 template <class Out, class Function>
-inline void for_each_block(const Block& block, std::size_t lanes, Function function) {
+inline void for_each_block(const Block& block, Function function) {
+  constexpr std::size_t whole = kBlockBytes / sizeof(Out);
+  alignas(kLine) unsigned char buffer[kBlockBytes];
   Out* out = reinterpret_cast<Out*>(block.out);
   std::size_t start = 0;
   if (block.stream) {
-    alignas(kLine) unsigned char buffer[kBlockBytes];
-    constexpr std::size_t whole = kBlockBytes / sizeof(Out);
     const std::size_t skip = (kLine - reinterpret_cast<std::uintptr_t>(out) % kLine) % kLine;
     start = smaller(skip / sizeof(Out), block.count);
     if (start > 0) run_part(function, 0, start, out);
-    for (; start + whole <= block.count; start += whole) {
-      function(start, whole, reinterpret_cast<Out*>(buffer));
-      unsigned char* to = reinterpret_cast<unsigned char*>(out + start);
-      for (std::size_t k = 0; k < kBlockBytes; k += kLine) stream_line(buffer + k, to + k);
-    }
+  }
+  for (; start + whole <= block.count; start += whole) {
+    function(start, whole, block.stream ? reinterpret_cast<Out*>(buffer) : out + start);
+    if (block.stream) stream_block(buffer, out + start);
+  }
+  if (start < block.count) run_part(function, start, block.count - start, out + start);
 #if defined(__SSE2__)
-    _mm_sfence();  // streaming stores are ordered by nothing less
+  if (block.stream) _mm_sfence();  // streaming stores are ordered by nothing less
 #endif
-  }
-  for (; start < block.count; start += lanes) {
-    run_part(function, start, smaller(lanes, block.count - start), out + start);
-  }
 }
 
 // An input of words at an element, of which what lies a while ahead is asked for.
 template <class F>
 inline const WordOf<F>* input(const Block& block, int which, std::size_t start) {
   const WordOf<F>* at = reinterpret_cast<const WordOf<F>*>(block.in[which]) + start;
-  if (block.prefetch) {
+  if ((block.prefetch >> which & 1) != 0) {
     const char* ahead = reinterpret_cast<const char*>(at) + kPrefetchDistance;
     for (std::size_t k = 0; k < kBlockBytes; k += kLine) __builtin_prefetch(ahead + k);
   }
@@ -566,7 +573,8 @@ class Activation {
     }
   }
 
-  RELU_XP_ALWAYS_INLINE void backward(const Word* branches, const Word* dy, Word* dx, std::size_t n) {
+  RELU_XP_ALWAYS_INLINE void backward(const Word* branches, const Word* dy, Word* dx,
+                                      std::size_t n) {
     const Word* low = multiply_low(dy, n);
     const Word* high = multiply_high(dy, n);
     RELU_XP_INDEPENDENT
@@ -609,22 +617,26 @@ class Activation {
 template <class F, Variant variant>
 void forward(const Numbers& numbers, const Block& block) {
   Activation<F, variant> activation(numbers);
-  const bool whole = activation.unbounded && !block.stream && !block.prefetch;
-  const std::size_t lanes = whole ? block.count : kLanes<F>;
-  for_each_block<WordOf<F>>(block, lanes, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    activation.forward(input<F>(block, 0, start), y, n);
-  });
+  if (activation.unbounded && !block.stream && block.prefetch == 0) {
+    auto* y = reinterpret_cast<WordOf<F>*>(block.out);
+    return activation.forward(input<F>(block, 0, 0), y, block.count);
+  }
+  for_each_block<WordOf<F>>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        activation.forward(input<F>(block, 0, start), y, n);
+      });
 }
 
 template <class F, Variant variant>
 void forward_bits(const Numbers& numbers, const Block& block) {
   Activation<F, variant> activation(numbers);
-  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    const WordOf<F>* x = input<F>(block, 0, start);
-    Branches<F> branches;
-    activation.forward(x, y, branches.words, n);
-    pack<F>(branches, block.mask, start, n);
-  });
+  for_each_block<WordOf<F>>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        const WordOf<F>* x = input<F>(block, 0, start);
+        Branches<F> branches;
+        activation.forward(x, y, branches.words, n);
+        pack<F>(branches, block.mask, start, n);
+      });
 }
 
 template <class F, Variant variant>
@@ -641,99 +653,114 @@ void branches(const Numbers& numbers, const Block& block) {
 template <class F, Variant variant, bool bits>
 void backward(const Numbers& numbers, const Block& block) {
   Activation<F, variant> activation(numbers);
-  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
-    Branches<F> branches;
-    if constexpr (bits) {
-      unpack<F>(block.mask, start, branches, n);
-    } else {
-      from_bytes(block.mask + start, branches.words, n);
-    }
-    activation.backward(branches.words, input<F>(block, 0, start), dx, n);
-  });
+  for_each_block<WordOf<F>>(
+      block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+        Branches<F> branches;
+        if constexpr (bits) {
+          unpack<F>(block.mask, start, branches, n);
+        } else {
+          from_bytes(block.mask + start, branches.words, n);
+        }
+        activation.backward(branches.words, input<F>(block, 0, start), dx, n);
+      });
 }
 
 template <class F, Variant variant>
 void backward_from_input(const Numbers& numbers, const Block& block) {
   Activation<F, variant> activation(numbers);
-  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
-    WordOf<F> branches[kLanes<F>];
-    activation.branches(input<F>(block, 1, start), branches, n);
-    activation.backward(branches, input<F>(block, 0, start), dx, n);
-  });
+  for_each_block<WordOf<F>>(
+      block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+        WordOf<F> branches[kLanes<F>];
+        activation.branches(input<F>(block, 1, start), branches, n);
+        activation.backward(branches, input<F>(block, 0, start), dx, n);
+      });
 }
 
 // ---- Other activations --------------------------------------------------------------------------
 
-template <class F>
+template <class F, bool from_mask>
 void prelu(const Numbers& /*numbers*/, const Block& block) {
   using Word = WordOf<F>;
-  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    const Word* value = input<F>(block, 0, start);
-    const Word* slope = input<F>(block, 1, start);
-    Word low[kLanes<F>], branches[kLanes<F>];
-    from_bytes(block.mask + start, branches, n);
-    multiply(slope, value, low, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) {
-      y[i] = branches[i] != kLower ? value[i] : sloped<F>(slope[i], low[i]);
-    }
-  });
+  for_each_block<Word>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        const Word* value = input<F>(block, 0, start);
+        const Word* slope = input<F>(block, 1, start);
+        const Word* x = from_mask ? nullptr : input<F>(block, 2, start);
+        Word low[kLanes<F>], branches[kLanes<F>];
+        if constexpr (from_mask) from_bytes(block.mask + start, branches, n);
+        if constexpr (is_16_bit<F>) multiply(slope, value, low, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) {
+          const bool upper = from_mask ? branches[i] != kLower : above_zero<F>(x[i]);
+          Word scaled;
+          if constexpr (is_16_bit<F>) {
+            scaled = low[i];
+          } else {
+            scaled = product<F>(slope[i], value[i]);
+          }
+          y[i] = upper ? value[i] : sloped<F>(slope[i], scaled);
+        }
+      });
 }
 
 template <class F>
 void scale(const Numbers& /*numbers*/, const Block& block) {
   using Word = WordOf<F>;
-  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    const Word* value = input<F>(block, 0, start);
-    const Word* slope = input<F>(block, 1, start);
-    Word low[kLanes<F>];
-    multiply(slope, value, low, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) {
-      y[i] = slope[i] == F::one ? value[i] : sloped<F>(slope[i], low[i]);
-    }
-  });
+  for_each_block<Word>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        const Word* value = input<F>(block, 0, start);
+        const Word* slope = input<F>(block, 1, start);
+        Word low[kLanes<F>];
+        multiply(slope, value, low, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) {
+          y[i] = slope[i] == F::one ? value[i] : sloped<F>(slope[i], low[i]);
+        }
+      });
 }
 
 template <class F>
 void squared_relu(const Numbers& /*numbers*/, const Block& block) {
   using Word = WordOf<F>;
-  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    const Word* x = input<F>(block, 0, start);
-    Word square[kLanes<F>];
-    multiply(x, x, square, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) y[i] = above_zero<F>(x[i]) ? square[i] : Word(0);
-  });
+  for_each_block<Word>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        const Word* x = input<F>(block, 0, start);
+        Word square[kLanes<F>];
+        multiply(x, x, square, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) y[i] = above_zero<F>(x[i]) ? square[i] : Word(0);
+      });
 }
 
 template <class F>
 void squared_relu_backward(const Numbers& /*numbers*/, const Block& block) {
   using Word = WordOf<F>;
-  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
-    const Word* x = input<F>(block, 0, start);
-    const Word* dy = input<F>(block, 1, start);
-    typename F::Wide gradient[kLanes<F>], factor[kLanes<F>];
-    Word result[kLanes<F>];
-    widen(x, gradient, n, F());
-    widen(dy, factor, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) gradient[i] = (gradient[i] + gradient[i]) * factor[i];
-    narrow(gradient, result, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) {
-      dx[i] = above_zero<F>(x[i]) ? keep_nan<F>(x[i], result[i]) : Word(0);
-    }
-  });
+  for_each_block<Word>(
+      block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+        const Word* x = input<F>(block, 0, start);
+        const Word* dy = input<F>(block, 1, start);
+        typename F::Wide gradient[kLanes<F>], factor[kLanes<F>];
+        Word result[kLanes<F>];
+        widen(x, gradient, n, F());
+        widen(dy, factor, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) gradient[i] = (gradient[i] + gradient[i]) * factor[i];
+        narrow(gradient, result, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) {
+          dx[i] = above_zero<F>(x[i]) ? keep_nan<F>(x[i], result[i]) : Word(0);
+        }
+      });
 }
 
 template <class F>
 void negated_relu(const Numbers& /*numbers*/, const Block& block) {
-  for_each_block<WordOf<F>>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-    const WordOf<F>* x = input<F>(block, 0, start);
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) y[i] = relu<F>(negate<F>(x[i]));
-  });
+  for_each_block<WordOf<F>>(
+      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
+        const WordOf<F>* x = input<F>(block, 0, start);
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) y[i] = relu<F>(negate<F>(x[i]));
+      });
 }
 
 template <class F>
@@ -751,22 +778,23 @@ void crelu_branches(const Numbers& /*numbers*/, const Block& block) {
 template <class F>
 void crelu_backward(const Numbers& /*numbers*/, const Block& block) {
   using Word = WordOf<F>;
-  for_each_block<Word>(block, kLanes<F>, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
-    const Word* first = input<F>(block, 0, start);
-    const Word* second = input<F>(block, 1, start);
-    typename F::Wide wide[kLanes<F>], minus[kLanes<F>];
-    Word branches[kLanes<F>], difference[kLanes<F>];
-    from_bytes(reinterpret_cast<const unsigned char*>(block.in[2]) + start, branches, n);
-    widen(first, wide, n, F());
-    widen(second, minus, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) wide[i] -= minus[i];
-    narrow(wide, difference, n, F());
-    RELU_XP_INDEPENDENT
-    for (std::size_t i = 0; i < n; ++i) {
-      dx[i] = crelu_backward<F>(branches[i], first[i], second[i], difference[i]);
-    }
-  });
+  for_each_block<Word>(
+      block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
+        const Word* first = input<F>(block, 0, start);
+        const Word* second = input<F>(block, 1, start);
+        typename F::Wide wide[kLanes<F>], minus[kLanes<F>];
+        Word branches[kLanes<F>], difference[kLanes<F>];
+        from_bytes(reinterpret_cast<const unsigned char*>(block.in[2]) + start, branches, n);
+        widen(first, wide, n, F());
+        widen(second, minus, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) wide[i] -= minus[i];
+        narrow(wide, difference, n, F());
+        RELU_XP_INDEPENDENT
+        for (std::size_t i = 0; i < n; ++i) {
+          dx[i] = crelu_backward<F>(branches[i], first[i], second[i], difference[i]);
+        }
+      });
 }
 
 template <class F>
@@ -846,7 +874,8 @@ constexpr void fill(KernelTable& table, Dtype dtype) {
   fill_variant<F, kGeneral, kGeneral, kGeneral>(table, dtype);
   fill_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table, dtype);
   Kernel(&other)[kOperations - kVariantOperations] = table.other[dtype];
-  other[kPrelu - kVariantOperations] = prelu<F>;
+  other[kPrelu - kVariantOperations] = prelu<F, false>;
+  other[kPreluBytes - kVariantOperations] = prelu<F, true>;
   other[kScale - kVariantOperations] = scale<F>;
   other[kSquaredRelu - kVariantOperations] = squared_relu<F>;
   other[kSquaredReluBackward - kVariantOperations] = squared_relu_backward<F>;

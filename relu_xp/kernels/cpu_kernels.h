@@ -18,8 +18,8 @@ enum Dtype : std::int8_t {
   kDtypes = kInt8 + 8
 };
 
-// Which of an activation's numbers are not the default. In a `general` variant all may be given, and
-// the slopes may still be 0 or 1, which are no products.
+// Which of an activation's numbers are not the default. In a `general` variant all may be given,
+// and the slopes may still be 0 or 1, which are no products.
 enum Variant : std::int8_t { kPlain, kLeaky, kClipped, kGeneral, kGeneralClipped, kVariants };
 
 // An activation's numbers in one dtype; `struct.pack` in relu_xp/backends/native.py writes it.
@@ -42,8 +42,8 @@ struct Block {
   const char* in[3];
   unsigned char* mask;  // bits, which begin at a byte, or bytes
   std::size_t count;
-  bool stream;    // store past the caches: `out` is no input, and beyond them
-  bool prefetch;  // the inputs are beyond the caches
+  bool stream;        // store past the caches: `out` is no input, and beyond them
+  unsigned prefetch;  // a bit for each input that is beyond the caches
 };
 
 using Kernel = void (*)(const Numbers&, const Block&);
@@ -57,14 +57,16 @@ enum Operation {
   kBackwardBytes,
   kBackwardFromInput,  // out = f'(x) * dy, from dy and x
   kVariantOperations,  // those that follow have no variants
-  kPrelu = kVariantOperations,  // out = value where the mask (bytes) is not 0, else slope * value
-  kScale,                       // out = value where slope is 1, else slope * value
-  kSquaredRelu,                 // out = relu(x)**2
-  kSquaredReluBackward,         // out = 2 * x * dy where x is above 0, else 0
-  kNegatedRelu,                 // out = relu(-x)
-  kCreluBranches,               // out = bytes, of x
-  kCreluBackward,               // out = the gradient of CReLU from first, second and bytes
-  kToDouble,                    // out = x in double precision
+  kPrelu =
+      kVariantOperations,  // out = value where x is above 0, else slope * value: value, slope, x
+  kPreluBytes,             // likewise, where the mask has the branches of x
+  kScale,                  // out = value where slope is 1, else slope * value
+  kSquaredRelu,            // out = relu(x)**2
+  kSquaredReluBackward,    // out = 2 * x * dy where x is above 0, else 0
+  kNegatedRelu,            // out = relu(-x)
+  kCreluBranches,          // out = bytes, of x
+  kCreluBackward,          // out = the gradient of CReLU from first, second and bytes
+  kToDouble,               // out = x in double precision
   kOperations
 };
 
@@ -72,7 +74,8 @@ struct KernelTable {
   Kernel floating[kFloatingDtypes][kVariantOperations][kVariants];
   Kernel other[kFloatingDtypes][kOperations - kVariantOperations];
   Kernel integer[kDtypes - kInt8];
-  // dy[i] *= x[i] where x[i] is at or below 0, else dy[i] = +0: what a slope's gradient is summed of.
+  // dy[i] *= x[i] where x[i] is at or below 0, else dy[i] = +0: what a slope's gradient is summed
+  // of.
   void (*slope_terms)(double* dy, const double* x, std::size_t count);
   // total[i] += terms[i]
   void (*add)(double* total, const double* terms, std::size_t count);

@@ -1,7 +1,6 @@
 // The CUDA kernels: the formats that rules.h computes with, vector access to memory, masks by
-// ballot and shuffle, and how threads share an array. backends/cupy.py puts rules.h in the place of
-// its #include and makes of both the preamble of the kernels that CuPy generates; NVRTC compiles
-// them.
+// ballot and shuffle, and how threads share an array. backends/cupy.py replaces the #include by
+// rules.h itself: both are the preamble of the kernels that CuPy generates and NVRTC compiles.
 //
 // CuPy compiles with -ftz=true, and no later option undoes that: products and conversions of floats
 // flush subnormals. Those that must not are inline PTX.
@@ -65,8 +64,8 @@ inline double multiply(double a, double b) { return a * b; }
 inline double to_double(float x) { return x; }
 inline float round_to_float(double x) { return static_cast<float>(x); }
 inline float truncate_to_float(double x) {
-  const float nearest = static_cast<float>(x);
-  return fabs(to_double(nearest)) > fabs(x) ? nextafterf(nearest, 0.0f) : nearest;
+  const float result = static_cast<float>(x);
+  return fabs(to_double(result)) > fabs(x) ? nextafterf(result, 0.0f) : result;
 }
 #endif
 
@@ -120,9 +119,9 @@ struct Float : Format<unsigned int, int, 16, is_half<T> ? 5 : 8, is_half<T>> {
     const float exact = relu_xp::multiply(bit_cast<float>(slope), bit_cast<float>(x & 0xffff0000u));
 #if __CUDA_ARCH__ >= 800
     // One instruction instead of seven, with which a leaky ReLU would be bound by arithmetic.
-    unsigned short rounded;
-    asm volatile("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(exact));
-    return static_cast<Word>(rounded) << 16;
+    unsigned short bits;
+    asm volatile("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(exact));
+    return static_cast<Word>(bits) << 16;
 #else
     const Word word = bit_cast<Word>(exact);
     const Word half = 0x7fff + (word >> 16 & 1);  // ties to even

@@ -56,8 +56,8 @@ RELU_XP_INLINE WordOf<F> order(WordOf<F> x) {
   return static_cast<Word>(x ^ (negative & (F::sign - 1)));
 }
 
-// The result of an operation on x, which of a NaN x is that NaN as NumPy keeps it, with its sign and
-// payload; a GPU has one NaN of its own for all of them.
+// The result of an operation on x, which of a NaN x is that NaN as NumPy keeps it, with its sign
+// and payload; a GPU has one NaN of its own for all of them.
 template <class F>
 RELU_XP_INLINE WordOf<F> keep_nan(WordOf<F> x, WordOf<F> result) {
   using Word = WordOf<F>;
@@ -75,8 +75,9 @@ RELU_XP_INLINE WordOf<F> product(WordOf<F> slope, WordOf<F> x) {
 // The branches of the function: where x is, which decides about value and gradient.
 enum Branch { kLower = 0, kUpper = 1, kMaximum = 2 };
 
-// The function with four numbers. Flags say which of them are given; one that is not has its default
-// (threshold 0, negative slope 0, positive slope 1, no maximum), and such a slope is no product.
+// The function with four numbers. Flags say which of them are given; one that is not has its
+// default (threshold 0, negative slope 0, positive slope 1, no maximum), and such a slope is no
+// product.
 //
 // The functions take products from their caller, which knows how to make them: `low` is a*value and
 // `high` is b*value. They are not looked at where the slope is not given.
@@ -135,12 +136,11 @@ class Rules {
   }
   // Numbers that a word holds only the upper bits of differ in those alone.
   RELU_XP_INLINE static constexpr Word key(Word x) {
-    return static_cast<Word>(
-        static_cast<Word>(x ^ ((x & F::sign) != 0 ? F::sign - 1 : Word(0))) & ~F::below);
+    return static_cast<Word>(static_cast<Word>(x ^ ((x & F::sign) != 0 ? F::sign - 1 : Word(0))) &
+                             ~F::below);
   }
   // order(-inf)
-  static constexpr Word kLowest =
-      static_cast<Word>(F::sign - 1 - F::infinity + F::sign - F::below);
+  static constexpr Word kLowest = static_cast<Word>(F::sign - 1 - F::infinity + F::sign - F::below);
 
   Word span_;   // of the words from -inf to the threshold
   Word first_;  // of the words from the maximum to +inf

@@ -16,8 +16,8 @@ namespace {
 
 // Time from one job of a training step to the next is mostly less.
 constexpr std::chrono::microseconds kSpin{500};
-// Looks, some 50 ns each, after which a waiting thread lets another one have its processor: it may be
-// the one that it waits for.
+// Looks, some 50 ns each, after which a waiting thread lets another one have its processor: it may
+// be the one that it waits for.
 constexpr int kLooksBeforeYield = 16;
 // A part is less than a whole share only where the caches do not hold that anyway.
 constexpr std::size_t kPart = std::size_t{1} << 17;
@@ -46,8 +46,8 @@ ThreadPool* ThreadPool::instance() {
   ThreadPool* pool = current;
   const long process = process_id();
   if (pool != nullptr && pool->process_ == process) return pool;
-  // In a child after a fork the old pool is left alone: its threads, and who holds its locks, are in
-  // the parent.
+  // In a child after a fork the old pool is left alone: its threads, and who holds its locks, are
+  // in the parent.
   auto* fresh = new (std::nothrow) ThreadPool(process, pool == nullptr ? 1 : pool->threads());
   if (fresh == nullptr || current.compare_exchange_strong(pool, fresh)) return fresh;
   delete fresh;  // another thread was first
@@ -79,7 +79,8 @@ void ThreadPool::parallel_for(std::size_t count, std::size_t step, Task task, vo
   }
   work(0);
   open_ = false;
-  // A worker counts itself active before it looks whether the job is open: from here on none begins.
+  // A worker counts itself active before it looks whether the job is open: from here on none
+  // begins.
   for (int looks = 0; active_ != 0;) pause_or_yield(looks);
   busy_ = false;
 }
@@ -99,7 +100,8 @@ void ThreadPool::shut_down() {
   busy_ = false;
 }
 
-// Whether there is at least one worker; there may be fewer than asked for, if the system has no more.
+// Whether there is at least one worker; there may be fewer than asked for, if the system has no
+// more.
 bool ThreadPool::start_workers(int threads) {
   try {
     if (progress_size_ < threads) {

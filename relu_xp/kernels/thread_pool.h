@@ -16,8 +16,8 @@
 namespace relu_xp {
 
 // One caller at a time uses the workers; a caller that finds them busy works alone, since the
-// processors are busy as well. Between two calls a worker spins for a while, since to be woken takes
-// longer than most jobs, and then waits for a condition variable.
+// processors are busy as well. Between two calls a worker spins for a while, since to be woken
+// takes longer than most jobs, and then waits for a condition variable.
 //
 // The pool is never destroyed: at exit `shut_down` joins the workers, and after a fork the child
 // gets a new pool and leaves the old one, whose threads it does not have, alone.

@@ -1,6 +1,6 @@
 // Digests of what the kernels make of every 16-bit number, and of special and other numbers of 32
-// and 64 bits: a line for each dtype, operation and activation. The lines are to be the same for all
-// instruction sets, compilers and processors.
+// and 64 bits: a line for each dtype, operation and activation. The lines are to be the same for
+// all instruction sets, compilers and processors.
 //
 //   patterns NAME    with the kernels of an instruction set: v2, v3, v4 or baseline
 
@@ -90,6 +90,7 @@ constexpr Named kBranchOperations[] = {{"forward", relu_xp::kForward},
                                        {"backward from bytes", relu_xp::kBackwardBytes},
                                        {"backward from input", relu_xp::kBackwardFromInput}};
 constexpr Named kOtherOperations[] = {{"prelu", relu_xp::kPrelu},
+                                      {"prelu from bytes", relu_xp::kPreluBytes},
                                       {"scale", relu_xp::kScale},
                                       {"squared", relu_xp::kSquaredRelu},
                                       {"squared, backward", relu_xp::kSquaredReluBackward},
@@ -276,6 +277,9 @@ void run_others(const KernelTable& table, Operands& operands) {
     Array* mask = nullptr;
     switch (operation.number) {
       case relu_xp::kPrelu:
+        inputs = {&operands.dy, &operands.slopes, &operands.x};
+        break;
+      case relu_xp::kPreluBytes:
         inputs = {&operands.dy, &operands.slopes};
         mask = &operands.branches;
         break;
@@ -297,9 +301,8 @@ void run_others(const KernelTable& table, Operands& operands) {
       default:
         break;
     }
-    run(operation.name,
-        table.other[format.dtype][operation.number - relu_xp::kVariantOperations], numbers,
-        operands, inputs, mask, false, itemsize);
+    run(operation.name, table.other[format.dtype][operation.number - relu_xp::kVariantOperations],
+        numbers, operands, inputs, mask, false, itemsize);
   }
 }
 

@@ -56,7 +56,8 @@ void check(std::size_t count, int seed) {
   Call call{std::vector<float>(count), std::vector<float>(count, -1.0f),
             std::vector<unsigned char>((count + 7) / 8)};
   for (std::size_t i = 0; i < count; ++i) {
-    call.x[i] = static_cast<float>(static_cast<int>((i * 7 + static_cast<std::size_t>(seed)) % 13) - 6);
+    call.x[i] =
+        static_cast<float>(static_cast<int>((i * 7 + static_cast<std::size_t>(seed)) % 13) - 6);
   }
   ThreadPool::instance()->parallel_for(count, kStep, forward, &call);
   for (std::size_t i = 0; i < count; ++i) {
