@@ -96,46 +96,38 @@ def table():
 
 def speed(result):
     """Return the tables of the speed section, from what bench.cpu saved."""
-    conditions = result["figures"]["conditions"]
+    conditions = result["limit"]["conditions"]
     versions = conditions["versions"]
-    figures = result["figures"]["rows"]
-    elements = int(figures[0]["group"].split()[0])
-    dtypes = list(dict.fromkeys(row["dtype"] for row in figures))
-    faster = {(row["operation"], row["dtype"]): f"{row['faster']:.2f}" for row in figures}
     lines = [
-        f"Measured on {conditions['date']}, {conditions['cpus']} CPUs ({conditions['processor']}), "
-        f"Python {conditions['python']}, NumPy {versions['numpy']}, "
-        f"PyTorch {versions['torch']}, llvmlite {versions['llvmlite']}.",
-        f"Times faster than PyTorch, {elements:,} elements, both with {conditions['cpus']} "
-        "threads:",
-        "",
-        f"| | {' | '.join(dtypes)} |",
-        "|---" * (len(dtypes) + 1) + "|",
+        f"Measured on {conditions['date']}, {conditions['cpus']} CPUs ({conditions['processor']}, "
+        f"{conditions['instruction_set']}), Python {conditions['python']}, "
+        f"NumPy {versions['numpy']}, PyTorch {versions['torch']}, {conditions['threads']} threads.",
     ]
-    for operation in dict.fromkeys(row["operation"] for row in figures):
-        cells = [faster.get((operation, dtype), "") for dtype in dtypes]
-        lines.append(f"| {operation} | {' | '.join(cells)} |")
-    lines += ["", "Small arrays of float32, microseconds:", "", "| elements | code | us |"]
-    lines.append("|---|---|---|")
-    for row in result["small"]["rows"]:
-        lines += [f"| {row['elements']} | `{code}` | {us:.2f} |" for code, us in row["us"].items()]
-    lines += [
-        "",
-        f"NumPy alone, float32, {elements:,} elements, times faster than NumPy's way:",
-        "",
-    ]
-    lines += ["| | against | times |", "|---|---|---|"]
-    lines += [
-        f"| {row['operation']} | `{row['theirs']}` | {row['faster']:.2f} |"
-        for row in result["numpy"]["rows"]
-    ]
+    for section in ("limit", "layouts", "prelu", "versions", "import"):
+        rows = result[section]["rows"]
+        for group in dict.fromkeys(row["group"] for row in rows):
+            lines += ["", f"| {group} | dtype | measured | wanted |", "|---|---|---|---|"]
+            for row in rows:
+                if row["group"] == group:
+                    value = row["value"]
+                    shown = f"{value:.2f}" if isinstance(value, float) else value
+                    wanted = row.get("wanted", "")
+                    lines.append(f"| {row['case']} | {row.get('dtype', '')} | {shown} | {wanted} |")
+    lines += ["", "Small arrays of float32, microseconds:", ""]
+    sweep = [row for row in result["sweep"]["rows"] if row["elements"] in (10, 6400)]
+    libraries = ("relu_xp", "NumPy", "PyTorch", "autograd")
+    lines += [f"| | elements | {' | '.join(libraries)} |", "|---" * (2 + len(libraries)) + "|"]
+    for row in sweep:
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in libraries]
+        lines.append(f"| {row['operation']} | {row['elements']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def test_its_figures_are_those_of_the_results():
     result = json.loads((README.parent / "bench/results/cpu.json").read_text())
     assert not any(section["conditions"]["quick"] for section in result.values())
-    assert speed(result) in README.read_text()
+    text = speed(result)
+    assert text in README.read_text(), f"the README should have\n{text}"
 
 
 def frameworks(result):

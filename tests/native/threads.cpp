@@ -87,13 +87,14 @@ bool fork_and_call() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc == 2 ? std::atoi(argv[1]) : 0;
+  const int rounds = argc == 2 ? static_cast<int>(std::strtol(argv[1], nullptr, 10)) : 0;
   if (rounds < 1) {
     std::fprintf(stderr, "threads: the number of rounds must be given\n");
     return 2;
   }
   ThreadPool::instance()->set_threads(4);
   std::vector<std::thread> callers;
+  callers.reserve(kCallers);
   std::atomic<bool> done{false};
   std::thread changer([&] {
     for (int i = 0; !done; ++i) {
