@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     """Check a wheel and an sdist, and stop at what is wrong."""
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     kept = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
-    ours = {name for name in kept.stdout.splitlines() if not name.startswith(".ci/")}
+    ours = {name for name in kept.stdout.splitlines() if not name.startswith(".")}
 
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -270,10 +270,9 @@ def relu_vjp(
         As for `relu`.
     mask : array of uint8, library and device of `x`, shape (n,), optional
         Contiguous memory to keep the mask in, instead of fresh memory: ``n`` is at least
-        ``(x.size + 7) // 8``, or ``x.size`` where a ceiling meets a negative slope. All of it may
-        be written; with ``(x.size + 63) // 64 * 8`` there is room for whole lines, which is fastest
-        on a CPU. It stays the caller's: the pullback reads it, so leave it as it is until the last
-        call of that. NumPy and CuPy only.
+        ``(x.size + 7) // 8``, or ``x.size`` where a ceiling meets a negative slope. It stays the
+        caller's: the pullback reads it, so leave it as it is until the last call of that. NumPy
+        and CuPy only.
 
     Returns
     -------

@@ -52,8 +52,7 @@ constexpr std::uint64_t kInfinity[kFloatingDtypes] = {0x7c00, 0x7f80, 0x7f800000
                                                       0x7ff0000000000000};
 constexpr std::size_t kItemSize[kDtypes] = {2, 2, 4, 8, 1, 1, 2, 2, 4, 4, 8, 8};
 
-// ---- A job: kernels over whole arrays
-// ------------------------------------------------------------
+// ---- A job: kernels over whole arrays -----------------------------------------------------------
 
 struct Operand {
   char* data;
@@ -289,8 +288,7 @@ void execute(Job& job) {
   PyEval_RestoreThread(state);
 }
 
-// ---- Layout
-// --------------------------------------------------------------------------------------
+// ---- Layout -------------------------------------------------------------------------------------
 
 bool is_contiguous(PyArrayObject* array, int order) {
   const int wanted = order | NPY_ARRAY_ALIGNED;
@@ -421,8 +419,7 @@ void lay_out_in_order(Job& job, const Source* sources, int count, PyArrayObject*
   set_axes(job, sources, count, like, axes == nullptr ? c_order : axes);
 }
 
-// ---- Arguments
-// -----------------------------------------------------------------------------------
+// ---- Arguments ----------------------------------------------------------------------------------
 
 bool check_count(const char* function, Py_ssize_t count, Py_ssize_t expected) {
   if (count == expected) return true;
@@ -570,8 +567,7 @@ void set_ones(Ones& ones, int dtype, PyArrayObject* like, Operand& operand) {
 
 PyObject* object_of(PyArrayObject* array) { return reinterpret_cast<PyObject*>(array); }
 
-// ---- Functions
-// -----------------------------------------------------------------------------------
+// ---- Functions ----------------------------------------------------------------------------------
 
 PyObject* forward(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   if (!check_count("forward", count, 3)) return nullptr;
@@ -893,8 +889,7 @@ PyObject* crelu_backward(PyObject* /*module*/, PyObject* const* args, Py_ssize_t
   return elementwise(kCreluBackward, "crelu_backward", args, count, 2, true, false);
 }
 
-// ---- The gradient of PReLU's slopes
-// --------------------------------------------------------------
+// ---- The gradient of PReLU's slopes -------------------------------------------------------------
 //
 // A sum in float64 in an order that the shape alone decides, the same as that of
 // relu_xp.backends.numpy.slopes_gradient: parts of whole rows of the first axis are summed by
@@ -1018,7 +1013,7 @@ PyObject* slopes_gradient(PyObject* /*module*/, PyObject* const* args, Py_ssize_
   sum.ndim = PyArray_NDIM(x);
   sum.rows = sum.ndim == 0 ? 1 : PyArray_DIM(x, 0);
   sum.inner = PyArray_SIZE(x) / sum.rows;
-  sum.step = std::max<npy_intp>(1, sum.rows * kPartElements / PyArray_SIZE(x));
+  sum.step = std::min(sum.rows, std::max<npy_intp>(1, kPartElements / sum.inner));
   npy_intp inner_sums = 1;
   for (int axis = 0; axis < sum.ndim; ++axis) {
     sum.shape[axis] = PyArray_DIM(x, axis);
@@ -1064,8 +1059,7 @@ PyObject* slopes_gradient(PyObject* /*module*/, PyObject* const* args, Py_ssize_
   return object_of(total);
 }
 
-// ---- What Python asks besides
-// --------------------------------------------------------------------
+// ---- What Python asks besides -------------------------------------------------------------------
 
 // fits(out, like, other): whether `out` certainly may take a result. All are arrays of one dtype
 // and shape, contiguous, and `out` may be written and is the very array `like` or `other`, or no
@@ -1128,8 +1122,7 @@ PyObject* set_limits(PyObject* /*module*/, PyObject* args) {
                        limits.stream.exchange(stream));
 }
 
-// ---- The module
-// ----------------------------------------------------------------------------------
+// ---- The module ---------------------------------------------------------------------------------
 
 struct InstructionSet {
   const char* name;
