@@ -34,6 +34,7 @@ __all__ = [
     "backend_for",
     "describe",
     "how_to_move",
+    "kernels",
     "module_of",
     "namespace",
 ]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 from relu_xp.activation import ONE, ZERO, Activation, activation_of
 from relu_xp.backends import Backend
-from relu_xp.checks import check_mask, check_out, check_place, check_shape, fitting, serving
+from relu_xp.checks import check_mask, check_out, fitting, serving
 
 __all__ = [
     "Pullback",
@@ -334,11 +334,8 @@ class Pullback:
 
     def backward(self, function: str, dy: ArrayT, out: ArrayT | None) -> ArrayT:
         """Return ``f'(x) * dy``, naming `function` where something is refused."""
-        backend, slopes = serving(function, "dy", dy, self._activation, floating=True)
-        if backend is not self._backend or backend.place(dy) != self._place:
-            check_place(function, "dy", dy, backend, self._place, "forward saw")
-        if cast(Any, dy).shape != self._shape:
-            check_shape(function, "dy", dy, self._shape, "forward saw")
+        backend = self._backend
+        slopes = fitting(function, dy, self._activation, self._place, self._shape, "forward saw")
         if out is not None:
             if self._mask is not None:
                 check_out(function, out, dy, "dy", (dy, self._mask), backend)

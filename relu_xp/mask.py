@@ -4,7 +4,7 @@ The format, the same on every device:
 
 - ``numpy.packbits(keep, bitorder="little")``: bit ``k`` is element ``k``, bit 1 means that the
   gradient takes the positive slope. Bit 0 means that it takes the negative slope, or is 0 at a
-  ceiling. Padding bits are 0. The buffer may be longer than needed.
+  ceiling. Padding bits are 0.
 - Elements count in the order of memory where x is dense: C-contiguous, or so after a permutation of
   its axes. For every other x they count in C order.
 - A ceiling together with a non-zero negative slope has three branches: one byte an element, 0 at or
@@ -64,7 +64,7 @@ def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
         None for a C-contiguous array, and for one that is not dense in memory: both count in C
         order.
     """
-    # Axes of length 1 have no place in memory: where they stand, they stay.
+    # Axes of length 1 keep their position.
     long = [axis for axis, length in enumerate(shape) if length != 1]
     ordered = sorted(long, key=lambda axis: -strides[axis])
     if ordered == long or 0 in shape:

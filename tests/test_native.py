@@ -1065,7 +1065,7 @@ class TestWithout:
     @pytest.mark.parametrize(
         ("error", "reason"),
         [
-            ("ModuleNotFoundError", "not compiled: there was no C++ compiler when"),
+            ("ModuleNotFoundError", "not compiled: no C++ compiler when"),
             ("ImportError", "not loaded: undefined symbol"),
         ],
     )
@@ -1080,3 +1080,30 @@ class TestWithout:
         """
         said = python(self.SCRIPT.replace("HIDE", hide.strip()))
         assert said.startswith(f"relu_xp.backends.numpy; {reason}")
+
+
+def test_an_empty_slice_keeps_its_strides_and_is_left_alone():
+    x = np.empty((4, 2, 300), np.float32)[:0]
+    assert all(x.strides)
+    assert relu_xp.prelu(x, np.ones(2, np.float32), out=x) is x
+    assert relu_xp.PReLU(2, inplace=True).forward(x) is x
+
+
+def test_a_mask_is_a_tuple_like_any_other():
+    _, pullback = relu_xp.relu_vjp(np.ones(3))
+    saved = pullback._saved
+    assert type(saved) is Mask
+    assert saved.axes is None
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(saved)
+
+
+def test_more_processors_than_threads_are_possible(python):
+    script = """
+        import os
+        os.sched_getaffinity = lambda _: set(range(5000))
+        import numpy, relu_xp
+        relu_xp.relu(numpy.ones(3))
+        print(relu_xp.get_num_threads())
+    """
+    assert int(python(script)) <= 1024

@@ -28,7 +28,8 @@ def test_everything_that_tells_the_version_has_it_from_one_place():
         file.relative_to(ROOT).as_posix()
         for folder in ("relu_xp", "tests", "bench")
         for file in sorted((ROOT / folder).rglob("*"))
-        if file.suffix in (".py", ".toml", ".cuh") and f'"{version}"' in file.read_text()
+        if file.suffix in (".py", ".toml", ".h", ".cpp", ".cuh")
+        and f'"{version}"' in file.read_text()
     ]
     assert written == ["relu_xp/__init__.py"]
 

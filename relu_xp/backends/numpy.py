@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import array_api_compat.numpy
+import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
@@ -54,14 +54,20 @@ _ROW = 1 << 10  # elements that are summed side by side
 _PLACE = ("numpy", None)
 
 
-def _where(condition: Any, x: Any, y: Any, /) -> Any:
-    """Return ``numpy.where`` without a promotion of Python numbers, which NumPy 2.0 crashes on."""
-    dtype = getattr(x, "dtype", None) or y.dtype
-    return np.where(condition, np.asarray(x, dtype), np.asarray(y, dtype))
+class _Namespace:
+    """NumPy in the array API standard; loaded when it is needed, since that loads all of NumPy."""
+
+    @staticmethod
+    def where(condition: Any, x: Any, y: Any, /) -> Any:
+        """Choose, without a promotion of Python numbers to bfloat16: NumPy 2.0 crashes there."""
+        dtype = getattr(x, "dtype", None) or y.dtype
+        return np.where(condition, np.asarray(x, dtype), np.asarray(y, dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(array_api_compat.array_namespace(np.empty(0)), name)
 
 
-_namespace = SimpleNamespace(**vars(array_api_compat.numpy) | {"where": _where})
-generic.NAMESPACES.update({np.ndarray: _namespace, np.memmap: _namespace})
+generic.NAMESPACES.update(dict.fromkeys((np.ndarray, np.memmap), _Namespace()))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -125,7 +131,7 @@ def forward_saving(
         pieces = np.asarray(generic.branches(_typed(numbers, x.dtype), x))
     packed = pack(pieces, axes, numbers.pieces)
     if mask is None:
-        mask = packed.copy() if packed.base is not None else packed
+        mask = packed
     else:
         mask = mask[: packed.size]
         mask[...] = packed

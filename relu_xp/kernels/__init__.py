@@ -27,7 +27,7 @@ else:
     try:
         import relu_xp.kernels._cpu as cpu
     except ModuleNotFoundError:
-        reason = "not compiled: there was no C++ compiler when relu_xp was installed"
+        reason = "not compiled: no C++ compiler when relu_xp was installed, or not built at all"
     except ImportError as error:
         reason = f"not loaded: {error}"
 
@@ -50,5 +50,5 @@ def _default_num_threads() -> int:
 
 
 if cpu is not None:
-    cpu.set_num_threads(_default_num_threads())
+    cpu.set_num_threads(min(_default_num_threads(), cpu.max_threads))
     atexit.register(cpu.shut_down)

@@ -10,6 +10,7 @@ _Array: TypeAlias = NDArray[Any]
 _Axes: TypeAlias = tuple[int, ...] | None
 
 instruction_set: str
+max_threads: int
 
 def forward(numbers: bytes, x: _Array, out: _Array | None, /) -> _Array: ...
 def forward_with_mask(

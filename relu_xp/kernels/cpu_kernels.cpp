@@ -107,34 +107,34 @@ void narrow(const double* wide, Float64::Word* x, std::size_t n, Float64 /*forma
   memcpy(x, wide, n * sizeof(double));
 }
 
-inline float widened(std::uint16_t x, BFloat16 /*format*/) {
+inline float to_float(std::uint16_t x, BFloat16 /*format*/) {
   return bit_cast<float>(static_cast<std::uint32_t>(x) << 16);
 }
 
-// The upper half of the result is the bfloat16.
-inline std::uint32_t rounded(float number, BFloat16 /*format*/) {
+// The bfloat16 of a float, in the upper half of the result.
+inline std::uint32_t round_to_upper_half(float number, BFloat16 /*format*/) {
   const std::uint32_t word = bit_cast<std::uint32_t>(number);
   const std::uint32_t nan = (word & 0x80000000) | 0x7fc00000;               // as ml_dtypes has it
   return is_nan<Float32>(word) ? nan : word + 0x7fff + ((word >> 16) & 1);  // ties to even
 }
 
-inline std::uint16_t narrowed(float number, BFloat16 format) {
-  return static_cast<std::uint16_t>(rounded(number, format) >> 16);
+inline std::uint16_t from_float(float number, BFloat16 format) {
+  return static_cast<std::uint16_t>(round_to_upper_half(number, format) >> 16);
 }
 
 void widen(const std::uint16_t* x, float* wide, std::size_t n, BFloat16 format) {
   RELU_XP_INDEPENDENT
-  for (std::size_t i = 0; i < n; ++i) wide[i] = widened(x[i], format);
+  for (std::size_t i = 0; i < n; ++i) wide[i] = to_float(x[i], format);
 }
 
 void narrow(const float* wide, std::uint16_t* x, std::size_t n, BFloat16 format) {
   RELU_XP_INDEPENDENT
-  for (std::size_t i = 0; i < n; ++i) x[i] = narrowed(wide[i], format);
+  for (std::size_t i = 0; i < n; ++i) x[i] = from_float(wide[i], format);
 }
 
-// One float16, where the processor has no instruction for it. In integers, which no floating-point
-// mode concerns.
-inline float widened(std::uint16_t x, Float16 /*format*/) {
+// One float16, where the processor has no instruction for it. Exact, and never subnormal in
+// float32: no floating-point mode changes it.
+inline float to_float(std::uint16_t x, Float16 /*format*/) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000) << 16;
   const std::uint32_t rest = x & 0x7fff;
   constexpr std::uint32_t bias = 112u << 23;  // the difference of the exponents' biases
@@ -145,7 +145,7 @@ inline float widened(std::uint16_t x, Float16 /*format*/) {
   return bit_cast<float>(sign | ((rest << 13) + (rest < 0x7c00 ? bias : 2 * bias)));
 }
 
-inline std::uint16_t narrowed(float number, Float16 /*format*/) {
+inline std::uint16_t from_float(float number, Float16 /*format*/) {
   const std::uint32_t word = bit_cast<std::uint32_t>(number);
   const std::uint32_t sign = (word >> 16) & 0x8000;
   const std::uint32_t rest = word & 0x7fffffff;
@@ -202,11 +202,11 @@ struct Floats {
   float first, second;
 };
 inline Floats load_float16(const std::uint16_t* x) {
-  return {widened(x[0], Float16()), widened(x[1], Float16())};
+  return {to_float(x[0], Float16()), to_float(x[1], Float16())};
 }
 inline void store_float16(Floats wide, std::uint16_t* x) {
-  x[0] = narrowed(wide.first, Float16());
-  x[1] = narrowed(wide.second, Float16());
+  x[0] = from_float(wide.first, Float16());
+  x[1] = from_float(wide.second, Float16());
 }
 #endif
 constexpr std::size_t kFloats = sizeof(Floats) / sizeof(float);
@@ -218,7 +218,7 @@ void widen(const std::uint16_t* x, float* wide, std::size_t n, Float16 format) {
     memcpy(wide + i, &floats, sizeof floats);
   }
   if (n % kFloats == 0) return;
-  for (; i < n; ++i) wide[i] = widened(x[i], format);
+  for (; i < n; ++i) wide[i] = to_float(x[i], format);
 }
 
 void narrow(const float* wide, std::uint16_t* x, std::size_t n, Float16 format) {
@@ -229,7 +229,7 @@ void narrow(const float* wide, std::uint16_t* x, std::size_t n, Float16 format) 
     store_float16(floats, x + i);
   }
   if (n % kFloats == 0) return;
-  for (; i < n; ++i) x[i] = narrowed(wide[i], format);
+  for (; i < n; ++i) x[i] = from_float(wide[i], format);
 }
 
 // ---- Products -----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ inline std::uint32_t pair_at(const std::uint16_t* words, std::size_t i) {
 }
 
 inline Floats slope_floats(std::uint16_t slope, std::size_t /*i*/) {
-  const float factor = widened(slope, Float16());
+  const float factor = to_float(slope, Float16());
   return {decltype(Floats::first)() + factor, decltype(Floats::first)() + factor};
 }
 inline Floats slope_floats(const std::uint16_t* slopes, std::size_t i) {
@@ -280,13 +280,13 @@ RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std
     const float first = bit_cast<float>(slopes << 16) * bit_cast<float>(values << 16);
     const float second =
         bit_cast<float>(slopes & 0xffff0000) * bit_cast<float>(values & 0xffff0000);
-    const std::uint32_t both =
-        rounded(first, format) >> 16 | (rounded(second, format) & 0xffff0000);
+    const std::uint32_t both = round_to_upper_half(first, format) >> 16 |
+                               (round_to_upper_half(second, format) & 0xffff0000);
     memcpy(result + 2 * i, &both, sizeof both);
   }
   if (n % 2 != 0) {
-    const float factor = widened(slope_at(slope, n - 1), format);
-    result[n - 1] = narrowed(factor * widened(value[n - 1], format), format);
+    const float factor = to_float(slope_at(slope, n - 1), format);
+    result[n - 1] = from_float(factor * to_float(value[n - 1], format), format);
   }
 }
 
@@ -300,8 +300,8 @@ RELU_XP_ALWAYS_INLINE void multiply(Slope slope, const std::uint16_t* value, std
   }
   if (n % kFloats == 0) return;
   for (; i < n; ++i) {
-    const float factor = widened(slope_at(slope, i), format);
-    result[i] = narrowed(factor * widened(value[i], format), format);
+    const float factor = to_float(slope_at(slope, i), format);
+    result[i] = from_float(factor * to_float(value[i], format), format);
   }
 }
 
@@ -393,8 +393,8 @@ inline void unpack_vector(std::uint64_t bits, unsigned char* bytes) {
 }
 #endif
 
-// Writes the branches of a block as bits from bit `start` of the mask on; of the bytes that it
-// writes, bits before that stay, and those behind the last are 0.
+// Writes the branches of a block as bits, from bit `start` of the mask on. Earlier bits of the
+// first byte are kept; the padding of the last byte is 0.
 template <class F>
 RELU_XP_ALWAYS_INLINE void pack(Branches<F>& branches, unsigned char* mask, std::size_t start,
                                 std::size_t n) {
@@ -698,7 +698,7 @@ void prelu(const Numbers& /*numbers*/, const Block& block) {
           } else {
             scaled = product<F>(slope[i], value[i]);
           }
-          y[i] = upper ? value[i] : sloped<F>(slope[i], scaled);
+          y[i] = upper ? value[i] : apply_slope<F>(slope[i], scaled);
         }
       });
 }
@@ -714,7 +714,7 @@ void scale(const Numbers& /*numbers*/, const Block& block) {
         multiply(slope, value, low, n, F());
         RELU_XP_INDEPENDENT
         for (std::size_t i = 0; i < n; ++i) {
-          y[i] = slope[i] == F::one ? value[i] : sloped<F>(slope[i], low[i]);
+          y[i] = slope[i] == F::one ? value[i] : apply_slope<F>(slope[i], low[i]);
         }
       });
 }

@@ -22,7 +22,7 @@ enum Dtype : std::int8_t {
 // and the slopes may still be 0 or 1, which are no products.
 enum Variant : std::int8_t { kPlain, kLeaky, kClipped, kGeneral, kGeneralClipped, kVariants };
 
-// An activation's numbers in one dtype; `struct.pack` in relu_xp/backends/native.py writes it.
+// An activation's numbers in one dtype; relu_xp.activation.Rounded.record has it.
 struct Numbers {
   std::uint64_t threshold;  // bit patterns
   std::uint64_t negative_slope;
@@ -80,9 +80,6 @@ struct KernelTable {
   // total[i] += terms[i]
   void (*add)(double* total, const double* terms, std::size_t count);
 };
-
-// Elements of a mask that begins at a byte, and of a block that fits the first-level cache.
-constexpr std::size_t kBlockStep = 64;
 
 #ifdef RELU_XP_X86
 namespace v2 {

@@ -208,7 +208,7 @@ template <class T>
 __device__ T prelu(bool above, T value, T slope) {
   using F = Float<T>;
   const Word<T> word = word_of(value), factor = word_of(slope);
-  const Word<T> low = sloped<F>(factor, product<F>(factor, word));
+  const Word<T> low = apply_slope<F>(factor, product<F>(factor, word));
   return number_of<T>(above ? word : low);
 }
 

@@ -42,7 +42,10 @@ struct Limits {
 };
 Limits limits;
 
-constexpr std::size_t kStep = 4096;    // elements of the smallest part of a thread
+constexpr std::size_t kStep = 4096;  // elements of the smallest part of a thread
+// Elements that a thread takes at a time. A larger share does not stay in the caches from one call
+// to the next, so that nothing is lost where another thread takes the rest of it.
+constexpr std::size_t kPart = std::size_t{1} << 17;
 constexpr std::size_t kStaged = 4096;  // elements that go through two kernels
 constexpr std::size_t kGathered = 1024;
 constexpr int kInputs = 3;
@@ -59,30 +62,30 @@ struct Operand {
   npy_intp strides[NPY_MAXDIMS];  // of the job's axes, in bytes; not set where contiguous
   std::size_t itemsize;
   bool contiguous;  // in the job's order, and aligned
-  bool constant;    // a buffer of `kStaged` equal elements that stands for every place
+  bool constant;    // a buffer of `kStaged` equal elements, whatever the position
 };
 
 enum class MaskKind : std::int8_t { kNone, kBits, kBytes };
 
 struct Job {
-  ThreadPool::Task task;  // `run`, or `run_channels`
+  ThreadPool::Task task = nullptr;  // `run` by default, or `run_channels`
   Kernel kernel;
   const Numbers* numbers;
   // A kernel that runs before it on one of the inputs and writes the branches: into the mask if
   // there is one, else into a buffer that `kernel` reads as its mask.
-  Kernel branches;
-  const Numbers* branches_numbers;
-  int branches_input;
+  Kernel branches = nullptr;
+  const Numbers* branches_numbers = nullptr;
+  int branches_input = 0;
   Operand out;
   Operand in[kInputs];
   int inputs;
-  unsigned char* mask;
-  MaskKind mask_kind;
+  unsigned char* mask = nullptr;
+  MaskKind mask_kind = MaskKind::kNone;
   int ndim;
   npy_intp shape[NPY_MAXDIMS];
   std::size_t size;
-  bool stream;
-  bool prefetch;
+  bool stream = false;
+  bool prefetch = false;
 };
 
 // Goes through the elements of a job's axes from one on, the last axis fastest.
@@ -181,7 +184,8 @@ const char* resolve(const Job& job, const Operand& operand, std::size_t position
   return static_cast<const char*>(buffer);
 }
 
-// Runs a job over the elements from `begin` to `end`; `begin` is a multiple of kStep.
+// Runs a job over the elements from `begin` to `end`; where there is a mask, `begin` is a multiple
+// of kStep.
 void run(void* context, std::size_t begin, std::size_t end) {
   const Job& job = *static_cast<const Job*>(context);
   alignas(64) char buffers[kInputs + 1][kGathered * sizeof(double)];
@@ -269,6 +273,8 @@ bool has_channels(const Job& job) {
 }
 
 void execute(Job& job) {
+  if (job.size == 0) return;
+  if (job.task == nullptr) job.task = run;
   const auto nbytes = static_cast<Py_ssize_t>(job.size * job.out.itemsize);
   if (nbytes < limits.release) {
     job.task(&job, 0, job.size);
@@ -281,7 +287,7 @@ void execute(Job& job) {
   PyThreadState* state = PyEval_SaveThread();
   ThreadPool* pool = nbytes >= limits.threads ? ThreadPool::instance() : nullptr;
   if (pool != nullptr) {
-    pool->parallel_for(job.size, kStep, job.task, &job);
+    pool->parallel_for(job.size, kStep, kPart, job.task, &job);
   } else {
     job.task(&job, 0, job.size);
   }
@@ -291,8 +297,9 @@ void execute(Job& job) {
 // ---- Layout -------------------------------------------------------------------------------------
 
 bool is_contiguous(PyArrayObject* array, int order) {
-  const int wanted = order | NPY_ARRAY_ALIGNED;
-  return (PyArray_FLAGS(array) & wanted) == wanted;
+  const auto address = reinterpret_cast<std::uintptr_t>(PyArray_DATA(array));
+  return (PyArray_FLAGS(array) & order) != 0 &&
+         address % static_cast<std::uintptr_t>(PyArray_ITEMSIZE(array)) == 0;
 }
 
 // Sorts axes by strides, from the slowest in memory to the fastest; equal ones stay as they are.
@@ -474,7 +481,7 @@ const Numbers* numbers_of(PyObject* object) {
       return numbers;
     }
   }
-  PyErr_SetString(PyExc_TypeError, "numbers must be a record that relu_xp.backends.native made");
+  PyErr_SetString(PyExc_TypeError, "numbers must be a record of relu_xp.activation.Rounded");
   return nullptr;
 }
 
@@ -580,11 +587,7 @@ PyObject* forward(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count)
   job.kernel = numbers->dtype < kFloatingDtypes ? floating(numbers, kForward)
                                                 : kernels->integer[numbers->dtype - kInt8];
   job.numbers = numbers;
-  job.branches = nullptr;
-  job.mask = nullptr;
   job.inputs = 1;
-  job.task = run;
-  job.stream = job.prefetch = false;
   const Source sources[] = {{out, &job.out}, {x, &job.in[0]}};
   lay_out(job, sources, 2, x);
   execute(job);
@@ -618,6 +621,9 @@ PyObject* forward_result(PyArrayObject* out, PyArrayObject* mask, const int* axe
     Py_DECREF(out);
     return nullptr;
   }
+#if PY_VERSION_HEX >= 0x030E0000
+  reinterpret_cast<PyTupleObject*>(saved)->ob_hash = -1;  // not known, as PyTuple_New has it
+#endif
   PyTuple_SET_ITEM(saved, 0, object_of(mask));
   PyTuple_SET_ITEM(saved, 1, order);
   PyTuple_SET_ITEM(result, 0, object_of(out));
@@ -658,8 +664,6 @@ PyObject* forward_with_mask(PyObject* /*module*/, PyObject* const* args, Py_ssiz
   job.numbers = job.branches_numbers = numbers;
   job.branches_input = 0;
   job.inputs = 1;
-  job.task = run;
-  job.stream = job.prefetch = false;
   job.mask = static_cast<unsigned char*>(PyArray_DATA(mask));
   if (numbers->three_branches != 0) {
     job.kernel = floating(numbers, kForward);
@@ -667,7 +671,6 @@ PyObject* forward_with_mask(PyObject* /*module*/, PyObject* const* args, Py_ssiz
     job.mask_kind = MaskKind::kBytes;
   } else {
     job.kernel = floating(numbers, kForwardBits);
-    job.branches = nullptr;
     job.mask_kind = MaskKind::kBits;
   }
   const Source sources[] = {{out, &job.out}, {x, &job.in[0]}};
@@ -715,10 +718,7 @@ PyObject* backward(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count
   const bool bits = numbers->three_branches == 0;
   job.kernel = floating(numbers, bits ? kBackwardBits : kBackwardBytes);
   job.numbers = numbers;
-  job.branches = nullptr;
   job.inputs = 1;
-  job.task = run;
-  job.stream = job.prefetch = false;
   job.mask = static_cast<unsigned char*>(PyArray_DATA(mask));
   job.mask_kind = bits ? MaskKind::kBits : MaskKind::kBytes;
   const Source sources[] = {{out, &job.out}, {dy, &job.in[0]}};
@@ -735,12 +735,9 @@ PyObject* backward_from_input(PyObject* /*module*/, PyObject* const* args, Py_ss
   PyArrayObject* x = array_for(numbers, args[3], "x");
   PyArrayObject* dy = args[2] == Py_None ? x : array_for(slopes, args[2], "dy");
   if (x == nullptr || dy == nullptr || !check_shape(dy, x, "dy")) return nullptr;
-  if (numbers->dtype >= kFloatingDtypes || slopes->dtype != dtype_of(dy)) {
+  if (numbers->dtype >= kFloatingDtypes || slopes->dtype >= kFloatingDtypes ||
+      slopes->dtype != dtype_of(dy)) {
     PyErr_SetString(PyExc_TypeError, "x and dy must have floating dtypes, those of their numbers");
-    return nullptr;
-  }
-  if (slopes->dtype >= kFloatingDtypes) {
-    PyErr_SetString(PyExc_TypeError, "dy must have a floating dtype");
     return nullptr;
   }
   PyArrayObject* out = out_array(args[4], x, PyArray_DESCR(dy));
@@ -750,7 +747,6 @@ PyObject* backward_from_input(PyObject* /*module*/, PyObject* const* args, Py_ss
   job.numbers = slopes;
   if (numbers == slopes) {
     job.kernel = floating(numbers, kBackwardFromInput);
-    job.branches = nullptr;
   } else {
     job.kernel = floating(slopes, kBackwardBytes);
     job.branches = floating(numbers, kBranches);
@@ -758,9 +754,6 @@ PyObject* backward_from_input(PyObject* /*module*/, PyObject* const* args, Py_ss
     job.branches_input = 1;
   }
   job.inputs = 2;
-  job.task = run;
-  job.stream = job.prefetch = false;
-  job.mask = nullptr;
   if (args[2] == Py_None) set_ones(ones, slopes->dtype, x, job.in[0]);
   const Source sources[] = {
       {out, &job.out}, {x, &job.in[1]}, {args[2] == Py_None ? nullptr : dy, &job.in[0]}};
@@ -774,9 +767,6 @@ void prepare_other(Operation operation, int dtype, const Source* sources, int co
                    PyArrayObject* like) {
   job.kernel = other(dtype, operation);
   job.numbers = &kRelu[dtype];
-  job.task = run;
-  job.stream = job.prefetch = false;
-  job.mask = nullptr;
   job.inputs = count - 1;
   lay_out(job, sources, count, like);
 }
@@ -814,7 +804,6 @@ PyObject* prelu(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
   Job job;
   Ones ones;
   if (values == nullptr) set_ones(ones, dtype, like, job.in[0]);
-  job.branches = nullptr;
   const bool two_dtypes = x != nullptr && x_dtype != dtype;
   if (two_dtypes) {
     job.branches = floating(&kRelu[x_dtype], kBranches);
@@ -863,7 +852,6 @@ PyObject* elementwise(Operation operation, const char* name, PyObject* const* ar
   Py_DECREF(byte);
   if (out == nullptr) return nullptr;
   sources[0] = {out, &job.out};
-  job.branches = nullptr;
   prepare_other(operation, dtype, sources, arrays + 1, job, like);
   execute(job);
   return object_of(out);
@@ -1037,14 +1025,15 @@ PyObject* slopes_gradient(PyObject* /*module*/, PyObject* const* args, Py_ssize_
   const bool large = PyArray_SIZE(x) * static_cast<npy_intp>(sizeof(double)) >= limits.threads;
   ThreadPool* pool = large ? ThreadPool::instance() : nullptr;
   if (pool != nullptr) {
-    pool->parallel_for(static_cast<std::size_t>(parts), 1, sum_parts, &sum);
+    pool->parallel_for(static_cast<std::size_t>(parts), 1, 1, sum_parts, &sum);
   } else {
     sum_parts(&sum, 0, static_cast<std::size_t>(parts));
   }
   PyEval_RestoreThread(state);
 
   auto* totals = static_cast<double*>(PyArray_DATA(total));
-  for (npy_intp part = 0; part < parts; ++part) {  // in order, whichever thread summed it
+  for (npy_intp part = 0; part < parts && !sum.no_memory;
+       ++part) {  // in order, whichever thread summed it
     const npy_intp first = part * sum.step;
     const npy_intp rows = std::min(sum.step, sum.rows - first);
     double* to = rows_summed ? totals : totals + first * inner_sums;
@@ -1086,8 +1075,7 @@ PyObject* fits(PyObject* /*module*/, PyObject* const* args, Py_ssize_t count) {
 }
 
 PyObject* get_num_threads(PyObject* /*module*/, PyObject* /*none*/) {
-  const ThreadPool* pool = ThreadPool::instance();
-  return PyLong_FromLong(pool == nullptr ? 1 : pool->threads());
+  return PyLong_FromLong(ThreadPool::threads());
 }
 
 PyObject* set_num_threads(PyObject* /*module*/, PyObject* number) {
@@ -1097,9 +1085,7 @@ PyObject* set_num_threads(PyObject* /*module*/, PyObject* number) {
     PyErr_Format(PyExc_ValueError, "the number of threads must be from 1 to %d", kMaxThreads);
     return nullptr;
   }
-  ThreadPool* pool = ThreadPool::instance();
-  if (pool == nullptr) return PyErr_NoMemory();
-  pool->set_threads(static_cast<int>(threads));
+  ThreadPool::set_threads(static_cast<int>(threads));
   Py_RETURN_NONE;
 }
 
@@ -1131,9 +1117,8 @@ struct InstructionSet {
 };
 
 #ifdef RELU_XP_X86
-// The highest of x86-64-v1 to -v4 that the processor and the system have. GCC 11 and clang 14 have
-// no
-// __builtin_cpu_supports("x86-64-v3"), nor the features that are asked for by number here.
+// The highest of x86-64-v1 to -v4 that the processor and the system have. GCC 11 and clang 14 do
+// not know __builtin_cpu_supports("x86-64-v3"), nor the features that are asked for by number here.
 int x86_64_level() {
   __builtin_cpu_init();
   unsigned a, b, d, basic = 0, extended = 0;
@@ -1227,6 +1212,7 @@ int initialize(PyObject* module) {
   Py_XDECREF(mask);
   if (type == nullptr) return -1;
   mask_type = reinterpret_cast<PyTypeObject*>(type);
+  if (PyModule_AddIntConstant(module, "max_threads", kMaxThreads) < 0) return -1;
   return PyModule_AddStringConstant(module, "instruction_set", instruction_set);
 }
 

@@ -160,7 +160,7 @@ RELU_XP_INLINE WordOf<F> relu(WordOf<F> x) {
 
 // slope * value; a slope of 0 gives exactly +0, one that is NaN itself.
 template <class F>
-RELU_XP_INLINE WordOf<F> sloped(WordOf<F> slope, WordOf<F> product) {
+RELU_XP_INLINE WordOf<F> apply_slope(WordOf<F> slope, WordOf<F> product) {
   using Word = WordOf<F>;
   const bool zero = static_cast<Word>(slope & (F::sign - 1) & ~F::below) == 0;
   return is_nan<F>(slope) ? slope : zero ? Word(0) : product;

@@ -5,10 +5,8 @@
 #include <new>
 #include <system_error>
 
-#ifdef _WIN32
-#include <process.h>
-#else
-#include <unistd.h>
+#ifndef _WIN32
+#include <pthread.h>
 #endif
 
 namespace relu_xp {
@@ -19,9 +17,6 @@ constexpr std::chrono::microseconds kSpin{500};
 // Looks, some 50 ns each, after which a waiting thread lets another one have its processor: it may
 // be the one that it waits for.
 constexpr int kLooksBeforeYield = 16;
-// A part is less than a whole share only where the caches do not hold that anyway.
-constexpr std::size_t kPart = std::size_t{1} << 17;
-
 void pause_or_yield(int& looks) {
 #if defined(__x86_64__) || defined(__i386__)
   __builtin_ia32_pause();
@@ -29,46 +24,49 @@ void pause_or_yield(int& looks) {
   if (++looks % kLooksBeforeYield == 0) std::this_thread::yield();
 }
 
-long process_id() {
-#ifdef _WIN32
-  return _getpid();
-#else
-  return getpid();
-#endif
-}
-
 // A plain pointer: nothing runs at exit.
 std::atomic<ThreadPool*> current{nullptr};
 
+#ifndef _WIN32
+// The child has no workers, and cannot know what their locks were held for: it gets a new pool.
+void forget_pool() { current = nullptr; }
+#endif
+
 }  // namespace
 
+std::atomic<int> ThreadPool::threads_{1};
+
 ThreadPool* ThreadPool::instance() {
+#ifndef _WIN32
+  static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
+  if (registered != 0) return nullptr;
+#endif
   ThreadPool* pool = current;
-  const long process = process_id();
-  if (pool != nullptr && pool->process_ == process) return pool;
-  // In a child after a fork the old pool is left alone: its threads, and who holds its locks, are
-  // in the parent.
-  auto* fresh = new (std::nothrow) ThreadPool(process, pool == nullptr ? 1 : pool->threads());
+  if (pool != nullptr) return pool;
+  auto* fresh = new (std::nothrow) ThreadPool;
   if (fresh == nullptr || current.compare_exchange_strong(pool, fresh)) return fresh;
   delete fresh;  // another thread was first
-  return current;
+  return pool;
 }
 
-void ThreadPool::parallel_for(std::size_t count, std::size_t step, Task task, void* context) {
+void ThreadPool::parallel_for(std::size_t count, std::size_t step, std::size_t part, Task task,
+                              void* context) {
   const int threads = static_cast<int>(
       std::min<std::size_t>(static_cast<std::size_t>(threads_), (count + step - 1) / step));
   bool idle = false;
-  if (threads < 2 || stop_ || !busy_.compare_exchange_strong(idle, true)) {
+  if (threads < 2 || !busy_.compare_exchange_strong(idle, true)) {
     task(context, 0, count);
     return;
   }
-  if (!start_workers(threads)) {
+  if (stop_ || !start_workers(threads)) {
     busy_ = false;
     task(context, 0, count);
     return;
   }
-  const std::size_t share = (count / static_cast<std::size_t>(threads) / step + 1) * step;
-  job_ = {task, context, count, step, share, threads, {}};
+  const auto shares = static_cast<std::size_t>(threads);
+  const std::size_t steps = (count + step - 1) / step;
+  const std::size_t share = (steps + shares - 1) / shares * step;
+  job_ = {task, context, count, std::min(share, part), share, threads, {}};
   std::fegetenv(&job_.environment);
   for (int i = 0; i < threads; ++i) progress_[i].next = 0;
   open_ = true;
@@ -143,15 +141,14 @@ void ThreadPool::run_worker(int number, std::uint64_t seen) {
 
 // Takes parts of this thread's share, and then of the others'.
 void ThreadPool::work(int number) {
-  const std::size_t part = std::min(job_.share, std::max(kPart / job_.step * job_.step, job_.step));
   for (int i = 0; i < job_.threads; ++i) {
     const int owner = (number + i) % job_.threads;
     const std::size_t begin = static_cast<std::size_t>(owner) * job_.share;
     const std::size_t end = std::min(begin + job_.share, job_.count);
     while (true) {
-      const std::size_t at = begin + progress_[owner].next.fetch_add(part);
+      const std::size_t at = begin + progress_[owner].next.fetch_add(job_.part);
       if (at >= end) break;
-      job_.task(job_.context, at, std::min(at + part, end));
+      job_.task(job_.context, at, std::min(at + job_.part, end));
     }
   }
 }

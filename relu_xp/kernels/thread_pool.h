@@ -25,20 +25,23 @@ class ThreadPool {
  public:
   using Task = void (*)(void* context, std::size_t begin, std::size_t end);
 
-  // The pool of this process; made at the first call, and again in a child after a fork. Null if
-  // there is no memory for it.
+  // The pool of this process, made at the first call, also in a child after a fork. Null if there
+  // is no memory for it.
   static ThreadPool* instance();
 
+  ThreadPool() = default;
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  // Calls task(context, begin, end) for parts of [0, count) that begin at multiples of `step`, from
-  // this thread and from workers, and returns when all of them are done. The task must not throw.
-  void parallel_for(std::size_t count, std::size_t step, Task task, void* context);
+  // Calls task(context, begin, end) for parts of [0, count), from this thread and from workers, and
+  // returns when all of them are done. A part begins at a multiple of `step` and has `part`
+  // elements at most, a multiple of `step` too. The task must not throw.
+  void parallel_for(std::size_t count, std::size_t step, std::size_t part, Task task,
+                    void* context);
 
-  // Threads that take part in a call, the caller included.
-  int threads() const { return threads_; }
-  void set_threads(int threads) { threads_ = threads; }
+  // Threads that take part in a call, the caller included; of this process and its children.
+  static int threads() { return threads_; }
+  static void set_threads(int threads) { threads_ = threads; }
 
   // Joins the workers. Calls that come later run on their caller's thread alone.
   void shut_down();
@@ -49,8 +52,9 @@ class ThreadPool {
     Task task;
     void* context;
     std::size_t count;
-    std::size_t step;
-    std::size_t share;  // elements of a thread: what its cache holds it finds there again
+    std::size_t part;  // elements taken at a time
+    std::size_t
+        share;  // elements of a thread, the same in each call: its cache may still hold them
     int threads;
     std::fenv_t environment;  // the caller's: a worker rounds, and keeps subnormals, as it does
   };
@@ -59,14 +63,11 @@ class ThreadPool {
     std::atomic<std::size_t> next{0};
   };
 
-  ThreadPool(long process, int threads) : process_(process), threads_(threads) {}
-
   bool start_workers(int threads);
   void run_worker(int number, std::uint64_t seen);
   void work(int number);
 
-  const long process_;  // that has the workers
-  std::atomic<int> threads_;
+  static std::atomic<int> threads_;
   std::atomic<bool> busy_{false};  // a caller owns job_ and workers_
   std::atomic<std::uint64_t> generation_{0};
   std::atomic<bool> open_{false};  // workers may begin

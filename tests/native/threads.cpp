@@ -92,13 +92,13 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "threads: the number of rounds must be given\n");
     return 2;
   }
-  ThreadPool::instance()->set_threads(4);
+  ThreadPool::set_threads(4);
   std::vector<std::thread> callers;
   callers.reserve(kCallers);
   std::atomic<bool> done{false};
   std::thread changer([&] {
     for (int i = 0; !done; ++i) {
-      ThreadPool::instance()->set_threads(1 + i % 6);
+      ThreadPool::set_threads(1 + i % 6);
       std::this_thread::sleep_for(std::chrono::microseconds(300));
     }
   });
