@@ -31,10 +31,10 @@ def window(monkeypatch):
 
 def run(*arguments, path=()):
     """Run the command line as a process of its own."""
-    paths = [*map(str, path), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, path), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     return subprocess.run(
-        [sys.executable, "-m", "relu_xp", *arguments],
+        [sys.executable, "-P", "-m", "relu_xp", *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -604,7 +604,7 @@ def test_tables_fit_a_narrow_window_but_words_stay_whole(capsys, monkeypatch, co
 
 
 def test_a_reader_that_stops_early_is_no_error():
-    command = f"{shlex.quote(sys.executable)} -m relu_xp"
+    command = f"{shlex.quote(sys.executable)} -P -m relu_xp"
     script = f"({command} --help; {command} info) | head -n 1"  # head has gone before info prints
     result = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.startswith("usage: ")
@@ -626,7 +626,7 @@ def test_the_command_line_loads_no_optional_library():
     ]
     script = f"import sys, relu_xp.__main__; print([n for n in {names} if n in sys.modules])"
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert result.stdout == "[]\n"
 

@@ -610,7 +610,7 @@ def test_chunks_of_a_batch_have_its_gradient(da, monkeypatch, chunks):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "relu_xp", "train", "--backend", "dask", *arguments],
+        [sys.executable, "-P", "-m", "relu_xp", "train", "--backend", "dask", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

@@ -33,7 +33,9 @@ HEAVY = (
 def loaded_after(statement):
     """Return which heavy modules a fresh interpreter has loaded after a statement."""
     code = f"import sys\n{statement}\nprint(*(set(sys.modules) & set({HEAVY!r})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     return set(done.stdout.split())
 
 
@@ -466,7 +468,7 @@ class TestTracing:
             f(x).backward()
             assert x.grad.tolist() == [1, 1, 1, 2, 2]
         """
-        subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+        subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=True)
 
     @pytest.mark.parametrize(
         "numbers", [{}, {"negative_slope": 0.5}, {"max_value": 2.0, "threshold": -1.0}]

@@ -21,7 +21,10 @@ def test_everything_that_tells_the_version_has_it_from_one_place():
     assert PROJECT["dynamic"] == ["version"]
     assert importlib.metadata.version("relu-xp") == version
     told = subprocess.run(
-        [sys.executable, "-m", "relu_xp", "--version"], capture_output=True, text=True, check=True
+        [sys.executable, "-P", "-m", "relu_xp", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert told.stdout == f"relu-xp {version}\n"
     written = [
