@@ -559,7 +559,7 @@ def test_what_stops_a_device_stops_the_host(backend, flaw):
         cupy_host.HostKernel(kernel, [])(x, x, size=8)
     """
     done = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(script)],
+        [sys.executable, "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         check=False,

@@ -23,7 +23,6 @@ __all__ = [
     "backward_from_input",
     "backward_squared",
     "both",
-    "branches",
     "check_out",
     "copy",
     "dtype_name",

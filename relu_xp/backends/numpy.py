@@ -38,12 +38,10 @@ __all__ = [
     "mask_nbytes",
     "pieces_of_both",
     "place",
-    "rounded",
     "saved_nbytes",
     "sloped",
     "slopes_gradient",
     "squared",
-    "store_sum",
     "uniform",
 ]
 
