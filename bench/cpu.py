@@ -217,7 +217,7 @@ def limit(effort: Effort) -> list[Row]:
         wanted = BACKWARD[dtype] if operation == "backward" else None
         for group, codes, at_least in (
             ("share of the limit, a C++ loop with streaming stores", (ours, "limit()"), SHARE),
-            ("share of the limit: PyTorch, for reference", (theirs, "limit()"), None),
+            ("PyTorch's share of the same limit", (theirs, "limit()"), None),
             ("times faster than PyTorch", (ours, theirs), wanted),
         ):
             row = {"group": group, "case": operation, "dtype": dtype}
