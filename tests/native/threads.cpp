@@ -59,7 +59,7 @@ void check(std::size_t count, int seed) {
     call.x[i] =
         static_cast<float>(static_cast<int>((i * 7 + static_cast<std::size_t>(seed)) % 13) - 6);
   }
-  ThreadPool::instance()->parallel_for(count, kStep, forward, &call);
+  ThreadPool::instance()->parallel_for(count, kStep, 4 * kStep, forward, &call);
   for (std::size_t i = 0; i < count; ++i) {
     const bool kept = (call.mask[i / 8] >> (i % 8) & 1) != 0;
     if (kept != (call.x[i] > 0) || call.y[i] != (kept ? call.x[i] : 0.0f)) failed = true;
