@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+from relu_xp.validation import as_integer
 
 __all__ = ["get_num_threads", "set_num_threads"]
 
@@ -15,10 +15,10 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        The CPUs that this process may use, or what `set_num_threads` or the environment variable
-        RELU_XP_NUM_THREADS says; 1 without compiled kernels.
+        The number that `set_num_threads` or the environment variable RELU_XP_NUM_THREADS has set,
+        else that of the CPUs that this process may use; 1 without compiled kernels.
     """
-    from relu_xp import kernels  # loaded when it is needed
+    from relu_xp import kernels  # loaded by the first use
 
     return 1 if kernels.cpu is None else int(kernels.cpu.get_num_threads())
 
@@ -26,7 +26,7 @@ def get_num_threads() -> int:
 def set_num_threads(n: int, /) -> None:
     """Set how many threads a call on large NumPy arrays uses, at most.
 
-    It concerns calls of this process that begin later, and has no effect without compiled kernels.
+    This applies to later calls in this process, and has no effect without compiled kernels.
 
     Parameters
     ----------
@@ -42,12 +42,7 @@ def set_num_threads(n: int, /) -> None:
     """
     from relu_xp import kernels
 
-    try:
-        number = operator.index(n)
-    except TypeError:
-        number = None
-    if number is None or isinstance(n, bool):
-        raise TypeError(f"set_num_threads: n must be an integer, got {type(n).__name__}")
+    number = as_integer("set_num_threads: n", n)
     if not 1 <= number <= _MOST:
         raise ValueError(f"set_num_threads: n must be from 1 to {_MOST}, got {n}")
     if kernels.cpu is not None:

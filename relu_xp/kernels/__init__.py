@@ -16,10 +16,10 @@ __all__ = ["NATIVE", "NUM_THREADS", "cpu", "reason"]
 NATIVE = "RELU_XP_NATIVE"  # environment variable: 0 leaves the compiled kernels unused
 NUM_THREADS = "RELU_XP_NUM_THREADS"  # environment variable
 
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU in a period
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of a period
 
-cpu: Any = None  # the compiled module, if it is there
-reason = ""  # why it is not
+cpu: Any = None  # the compiled module, if it was loaded
+reason = ""  # why it was not
 
 if os.environ.get(NATIVE) == "0":
     reason = f"switched off by {NATIVE}=0"
@@ -33,7 +33,7 @@ else:
 
 
 def _default_num_threads() -> int:
-    """Return the CPUs of this process, or fewer if a container's quota or the user says so."""
+    """Return the number of CPUs of this process, or the lower one of a container or the user."""
     affinity = getattr(os, "sched_getaffinity", None)
     cpus = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:

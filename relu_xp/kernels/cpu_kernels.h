@@ -1,4 +1,4 @@
-// The CPU kernels as module.cpp sees them: one table of functions for each instruction set.
+// The CPU kernels: one table of functions for each instruction set.
 
 #ifndef RELU_XP_CPU_KERNELS_H
 #define RELU_XP_CPU_KERNELS_H
@@ -15,15 +15,16 @@ enum Dtype : std::int8_t {
   kFloat64,
   kFloatingDtypes,
   kInt8 = kFloatingDtypes,  // then uint8, int16, uint16, ... uint64
+  kUInt8,
   kDtypes = kInt8 + 8
 };
 
-// Which of an activation's numbers are not the default. In a `general` variant all may be given,
+// Which of an activation's parameters are not the default. In a `general` variant all may be given,
 // and the slopes may still be 0 or 1, which are no products.
 enum Variant : std::int8_t { kPlain, kLeaky, kClipped, kGeneral, kGeneralClipped, kVariants };
 
-// An activation's numbers in one dtype; relu_xp.activation.Rounded.record has it.
-struct Numbers {
+// An activation's parameters in one dtype: relu_xp.parameters.CastParameters.record.
+struct Params {
   std::uint64_t threshold;  // bit patterns
   std::uint64_t negative_slope;
   std::uint64_t positive_slope;
@@ -33,50 +34,47 @@ struct Numbers {
   std::int8_t three_branches;  // the mask has a byte an element, instead of a bit
   std::int8_t unused[5];
 };
-static_assert(sizeof(Numbers) == 40, "struct.pack writes 40 bytes");
+static_assert(sizeof(Params) == 40, "struct.pack writes 40 bytes");
 
-// `count` elements that lie one behind the other, each operand aligned to its own elements. An
-// output may be the very memory of an input, and overlaps none otherwise.
+// `count` contiguous elements; each operand is aligned to its elements. An output may be the very
+// memory of an input, and overlaps none otherwise.
 struct Block {
   char* out;
   const char* in[3];
   unsigned char* mask;  // bits, which begin at a byte, or bytes
   std::size_t count;
-  bool stream;        // store past the caches: `out` is no input, and beyond them
-  unsigned prefetch;  // a bit for each input that is beyond the caches
+  bool stream;        // write past the caches: `out` is no input, and larger than they are
+  unsigned prefetch;  // a bit for each input that is larger than the caches
 };
 
-using Kernel = void (*)(const Numbers&, const Block&);
+using Kernel = void (*)(const Params&, const Block&);
 
-// What a kernel makes of its inputs, in[0], in[1] ..., which are of one dtype as `out` is.
+// What a kernel computes from its inputs, in[0], in[1] ..., which have the dtype of `out`.
 enum Operation {
-  kForward,       // out = f(x)
-  kForwardBits,   // out = f(x), mask = bits
-  kBranches,      // mask = bytes, of x
-  kBackwardBits,  // out = f'(x) * dy, from the mask
-  kBackwardBytes,
-  kBackwardFromInput,  // out = f'(x) * dy, from dy and x
-  kVariantOperations,  // those that follow have no variants
-  kPrelu =
-      kVariantOperations,  // out = value where x is above 0, else slope * value: value, slope, x
-  kPreluBytes,             // likewise, where the mask has the branches of x
-  kScale,                  // out = value where slope is 1, else slope * value
-  kSquaredRelu,            // out = relu(x)**2
-  kSquaredReluBackward,    // out = 2 * x * dy where x is above 0, else 0
-  kNegatedRelu,            // out = relu(-x)
-  kCreluBranches,          // out = bytes, of x
-  kCreluBackward,          // out = the gradient of CReLU from first, second and bytes
-  kToDouble,               // out = x in double precision
+  kForward,              // out = f(x)
+  kForwardBits,          // out = f(x), mask = bits
+  kBranches,             // mask = bytes, of x
+  kBackwardBits,         // out = f'(x) * dy, from the mask
+  kBackwardBytes,        //
+  kBackwardFromInput,    // out = f'(x) * dy, from dy and x
+  kPrelu,                // out = value where x is above 0, else slope * value: value, slope, x.
+                         // This operation and those below have the variant kPlain alone
+  kPreluBytes,           // likewise, where the mask has the branches of x
+  kScale,                // out = value where slope is 1, else slope * value
+  kSquaredRelu,          // out = relu(x)**2
+  kSquaredReluBackward,  // out = 2 * x * dy where x is above 0, else 0
+  kNegatedRelu,          // out = relu(-x)
+  kCreluMask,            // out = bytes, of x
+  kCreluBackward,        // out = the gradient of CReLU from first, second and bytes
+  kToDouble,             // out = x in double precision
   kOperations
 };
 
 struct KernelTable {
-  Kernel floating[kFloatingDtypes][kVariantOperations][kVariants];
-  Kernel other[kFloatingDtypes][kOperations - kVariantOperations];
-  Kernel integer[kDtypes - kInt8];
-  // dy[i] *= x[i] where x[i] is at or below 0, else dy[i] = +0: what a slope's gradient is summed
-  // of.
-  void (*slope_terms)(double* dy, const double* x, std::size_t count);
+  Kernel floating[kFloatingDtypes][kOperations][kVariants];
+  Kernel integer[kDtypes - kInt8];  // kForward
+  // dy[i] *= x[i] where x[i] is at or below 0, else dy[i] = +0
+  void (*weight_grad_terms)(double* dy, const double* x, std::size_t count);
   // total[i] += terms[i]
   void (*add)(double* total, const double* terms, std::size_t count);
 };
@@ -96,6 +94,17 @@ namespace baseline {
 extern const KernelTable kernels;
 }
 #endif
+
+struct InstructionSet {
+  const char* name;
+  bool available;  // on this processor
+  const KernelTable* kernels;
+};
+
+// The instruction set of a name, or null; without a name the best one that is available.
+const InstructionSet* find_instruction_set(const char* name);
+
+extern const KernelTable* active_kernels;  // of the instruction set in use
 
 }  // namespace relu_xp
 

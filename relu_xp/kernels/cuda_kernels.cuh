@@ -1,6 +1,7 @@
 // The CUDA kernels: the formats that rules.h computes with, vector access to memory, masks by
-// ballot and shuffle, and how threads share an array. backends/cupy.py replaces the #include by
-// rules.h itself: both are the preamble of the kernels that CuPy generates and NVRTC compiles.
+// ballot and shuffle, and how threads share an array. backends/cupy_kernels.py replaces the
+// #include by rules.h itself: both are the preamble of the kernels that CuPy generates and NVRTC
+// compiles.
 //
 // CuPy compiles with -ftz=true, and no later option undoes that: products and conversions of floats
 // flush subnormals. Those that must not are inline PTX.
@@ -130,7 +131,7 @@ struct Float : Format<unsigned int, int, 16, is_half<T> ? 5 : 8, is_half<T>> {
   }
 };
 
-// ---- The function with four numbers -------------------------------------------------------------
+// ---- The function with four parameters ----------------------------------------------------------
 
 // One activation in one format. The flags are those of `Rules`.
 template <class T, bool has_threshold, bool has_a, bool has_b, bool has_c>
@@ -178,7 +179,7 @@ class Activation {
 
 // ---- One element of other activations -----------------------------------------------------------
 //
-// Of numbers instead of words: two formats may meet here.
+// Of numbers instead of words: the arguments may have two formats.
 
 template <class X>
 __device__ bool above_zero(X x) {
@@ -415,8 +416,8 @@ struct Backward {
   };
 };
 
-// `activation` has the slopes in the format of dy; `of_x` has the numbers that choose the branch,
-// in the format of x.
+// `activation` has the slopes in the format of dy; `of_x` has the parameters that select the
+// branch, in the format of x.
 template <class A, class OfX>
 struct BackwardFromInput {
   using T = typename A::Number;

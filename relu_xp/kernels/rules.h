@@ -1,7 +1,8 @@
-// The truth table for one element: what every function of the package makes of a number, its
-// gradient and its branch. Included by the CPU kernels and by the CUDA kernels alike.
+// The truth table for one element: its value, its gradient and its branch, for every function of
+// the package. Included by the CPU kernels and by the CUDA kernels. The rule for x = 0, or in
+// general for x at the threshold, is `Rules::above`: it belongs to the lower branch.
 //
-// Numbers are words of bits. They are compared as integers, which keeps subnormals and NaN apart
+// Numbers are words of bits, compared as integers, which keeps subnormals and NaN apart
 // from zero in every floating-point mode and under every compiler option (CuPy compiles with
 // -ftz=true, which would flush them).
 //
@@ -15,8 +16,8 @@ namespace relu_xp {
 namespace {  // NOLINT(*-namespaces,*-dcl59-cpp,*-anonymous-namespace-in-header)
 
 // A binary floating-point format whose numbers are the upper `bits` bits of a word. A 16-bit number
-// is a 16-bit word on a CPU and the upper half of a 32-bit word on a GPU; no rule looks at what is
-// below it.
+// is a 16-bit word on a CPU and the upper half of a 32-bit word on a GPU; no rule depends on the
+// bits below it.
 template <class WordT, class SignedT, int bits, int exponent_bits, bool payload = true>
 struct Format {
   using Word = WordT;
@@ -47,8 +48,7 @@ RELU_XP_INLINE WordOf<F> negate(WordOf<F> x) {
 }
 
 // The word that orders as the number does when it is taken as a signed integer, NaN outermost;
-// modulo 2**width, so that a range of numbers is a range of words that may wrap around. The same
-// as relu_xp.activation.Rounded.order.
+// modulo 2**width, so that a range of numbers is a range of words that may wrap around.
 template <class F>
 RELU_XP_INLINE WordOf<F> order(WordOf<F> x) {
   using Word = WordOf<F>;
@@ -75,12 +75,12 @@ RELU_XP_INLINE WordOf<F> product(WordOf<F> slope, WordOf<F> x) {
 // The branches of the function: where x is, which decides about value and gradient.
 enum Branch { kLower = 0, kUpper = 1, kMaximum = 2 };
 
-// The function with four numbers. Flags say which of them are given; one that is not has its
+// The function with four parameters. Flags say which of them are given; one that is not has its
 // default (threshold 0, negative slope 0, positive slope 1, no maximum), and such a slope is no
 // product.
 //
-// The functions take products from their caller, which knows how to make them: `low` is a*value and
-// `high` is b*value. They are not looked at where the slope is not given.
+// The caller computes the products: `low` is a*value and `high` is b*value. They are not used where
+// the slope is not given.
 template <class F, bool has_threshold, bool has_a, bool has_b, bool has_c>
 class Rules {
  public:
@@ -91,7 +91,8 @@ class Rules {
         first_(key(static_cast<Word>(c & ~F::below) == 0 ? F::sign : c)),
         c_(c) {}
 
-  // !(x <= threshold), NaN included: -inf ... threshold is a range of words, in which no NaN lies.
+  // Whether x <= threshold is false, NaN included: -inf ... threshold is a range of words, in which
+  // no NaN lies.
   RELU_XP_INLINE bool above(Word x) const {
     if (!has_threshold) return at_least_zero(x) & (static_cast<Word>(x & ~F::below) != 0);
     return static_cast<Word>(order<F>(x) - kLowest) > span_;

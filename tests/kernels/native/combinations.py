@@ -1,8 +1,8 @@
-"""Every function on NumPy arrays of odd sizes, offsets and strides: a digest a line.
+"""Every function on NumPy arrays of odd sizes, offsets and strides: a checksum a line.
 
 ``python combinations.py`` is for a module that is compiled with sanitizers: arrays end where their
-memory ends, and half of the calls take the way of large arrays. The lines are the same whichever
-code serves NumPy arrays. ``python combinations.py FAULT`` does what a sanitizer is to report.
+memory ends, and every second call runs the code for large arrays. Every backend of NumPy arrays
+prints the same lines. ``python combinations.py FAULT`` does what a sanitizer must report.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bits import INTEGERS, drawn
+from bits import INTEGERS, mixed
 
 import relu_xp
 from relu_xp import kernels
-from relu_xp.testing.oracle import DTYPES
+from relu_xp.testing.reference import DTYPES
 
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 511, 513, 1023)
 SIZES += (1025, 2047, 2049, 4095, 4097, 8193)
@@ -33,7 +33,6 @@ ACTIVATIONS = {
     "two slopes": {"negative_slope": -0.25, "positive_slope": 1.75, "threshold": 0.25},
     "everything": {"negative_slope": 0.3, "positive_slope": 1.75, "max_value": 3.0},
 }
-FAULTS = ("address", "undefined")
 
 
 def at_the_end(x, offset=0):
@@ -45,12 +44,9 @@ def at_the_end(x, offset=0):
 
 def spread(x, step):
     """Return a view with a step between elements, whose last one ends where the memory does."""
-    if x.size == 0:
-        return x
-    memory = np.empty((x.size - 1) * abs(step) + 1, x.dtype)
-    view = memory[::step]
-    view[...] = x
-    return view
+    memory = np.empty(max(0, (x.size - 1) * abs(step) + 1), x.dtype)
+    memory[::step] = x
+    return memory[::step]
 
 
 def in_rows(x, width=3):
@@ -71,37 +67,32 @@ LAYOUTS = {
 }
 
 
-def vjp(function, dy_of, *arguments, **options):
-    y, pullback = function(*arguments, **options)
-    found = pullback(dy_of(y))
+def vjp(name, dy, *arguments, **options):
+    y, pullback = getattr(relu_xp, f"{name}_vjp")(*arguments, **options)
+    found = pullback(np.resize(dy, y.shape) if dy.shape != y.shape else dy)
     return [y, *(found if isinstance(found, tuple) else (found,))]
 
 
 def functions(x, dy, weight):
     """Yield names, and functions that return arrays."""
-
-    def dy_of(y):
-        return np.resize(dy, y.shape)
-
     mask = np.zeros(x.size, np.uint8)
-    for name, numbers in ACTIVATIONS.items():
-        yield f"relu, {name}", lambda n=numbers: [relu_xp.relu(x, **n)]
-        yield f"grad, {name}", lambda n=numbers: [relu_xp.relu_grad(x, **n)]
-        yield f"backward, {name}", lambda n=numbers: [relu_xp.relu_backward(dy, x, **n)]
-        yield f"vjp, {name}", lambda n=numbers: vjp(relu_xp.relu_vjp, lambda y: dy, x, **n)
-    yield "own mask", lambda: [*vjp(relu_xp.relu_vjp, lambda y: dy, x, mask=mask), mask]
+    for name, params in ACTIVATIONS.items():
+        yield f"relu, {name}", lambda p=params: [relu_xp.relu(x, **p)]
+        yield f"grad, {name}", lambda p=params: [relu_xp.relu_grad(x, **p)]
+        yield f"backward, {name}", lambda p=params: [relu_xp.relu_backward(dy, x, **p)]
+        yield f"vjp, {name}", lambda p=params: vjp("relu", dy, x, **p)
+    yield "own mask", lambda: [*vjp("relu", dy, x, mask=mask), mask]
     x_copy, dy_copy = x.copy("K"), dy.copy("K")
     yield "in place", lambda: [relu_xp.leaky_relu(x_copy, 0.3, out=x_copy)]
     yield "in place, backward", lambda: [relu_xp.relu_backward(dy_copy, x, out=dy_copy)]
     other = np.empty((*x.shape, 2), x.dtype)[..., 1]
     yield "into every second", lambda: [relu_xp.relu(x, out=other)]
     if x.ndim > 0:
-        axis = x.ndim - 1
-        yield "prelu", lambda: vjp(relu_xp.prelu_vjp, lambda y: dy, x, weight, axis=axis)
-        yield "crelu", lambda: vjp(relu_xp.crelu_vjp, dy_of, x, axis=axis)
+        yield "prelu", lambda: vjp("prelu", dy, x, weight, axis=x.ndim - 1)
+        yield "crelu", lambda: vjp("crelu", dy, x, axis=x.ndim - 1)
     rng = np.random.Generator(np.random.PCG64(1))
-    yield "rrelu", lambda: vjp(relu_xp.rrelu_vjp, lambda y: dy, x, rng=rng)
-    yield "squared", lambda: vjp(relu_xp.squared_relu_vjp, lambda y: dy, x)
+    yield "rrelu", lambda: vjp("rrelu", dy, x, rng=rng)
+    yield "squared", lambda: vjp("squared_relu", dy, x)
 
 
 def combinations():
@@ -110,15 +101,15 @@ def combinations():
     for count, (layout, view) in itertools.product(SIZES, LAYOUTS.items()):
         for number, dtype in enumerate(DTYPES):
             _, dy_dtype = pairs[(5 * number + count) % len(pairs)]
-            x = view(drawn(dtype, count, 1))
-            dy = view(drawn(dy_dtype, count, 2))
-            weight = drawn(dy_dtype, x.shape[-1], 3)
+            x = view(mixed(dtype, count, 1))
+            dy = view(mixed(dy_dtype, count, 2))
+            weight = mixed(dy_dtype, x.shape[-1], 3)
             with np.errstate(invalid="ignore"):  # of ml_dtypes
                 weight = np.where(np.isfinite(weight), weight, weight.dtype.type(0.25))
             for name, function in functions(x, dy, weight):
                 yield f"{count} {layout} {dtype} {dy_dtype}: {name}", function
         for dtype in INTEGERS:
-            x = view(drawn("float64", count, 4).view(np.uint64).astype(dtype))
+            x = view(mixed("float64", count, 4).view(np.uint64).astype(dtype))
             yield f"{count} {layout} {dtype}", lambda x=x: [relu_xp.relu(x, max_value=100)]
 
 
@@ -139,18 +130,11 @@ def main():
             print(f"{name} {checksum(function()):08x}")
 
 
-def commit(fault):
-    """Call a kernel with an array that claims more memory than it has."""
-    memory = np.zeros(100, np.float32)
-    if fault == "address":
-        relu_xp.relu(as_strided(memory, (101,), (4,)))
-    else:  # a stride times a length overflows
-        relu_xp.relu_vjp(as_strided(memory, (2, 4), (4, 1 << 62)))
-
+MEMORY = np.zeros(100, np.float32)
+FAULTS = {  # arrays that claim more memory than they have; a stride times a length overflows
+    "address": lambda: relu_xp.relu(as_strided(MEMORY, (101,), (4,))),
+    "undefined": lambda: relu_xp.relu_vjp(as_strided(MEMORY, (2, 4), (4, 1 << 62))),
+}
 
 if __name__ == "__main__":
-    assert len(sys.argv) == 1 or sys.argv[1] in FAULTS
-    if len(sys.argv) == 1:
-        main()
-    else:
-        commit(sys.argv[1])
+    (FAULTS[sys.argv[1]] if len(sys.argv) > 1 else main)()

@@ -1,4 +1,4 @@
-"""Several threads: workers of a call, the user's threads that make calls, and processes."""
+"""Threads: the workers of a call, callers in several threads, child processes, exit."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ import time
 
 import numpy as np
 import pytest
-from conftest import unavailable
-from libraries import LIBRARIES
+from libraries import LIBRARIES, unavailable
 
 import relu_xp
 from relu_xp import kernels
 
-MEMBERS = ({}, {"negative_slope": 0.1}, {"max_value": 0.75, "negative_slope": 0.1})
+PRESETS = ({}, {"negative_slope": 0.1}, {"max_value": 0.75, "negative_slope": 0.1})
 
 
 @pytest.fixture(scope="module")
-def native(request):
-    if reason := LIBRARIES["native"].load():
+def compiled(request):
+    if reason := LIBRARIES["compiled"].load():
         unavailable(request.config, f"compiled kernels: {reason}")
 
 
 @pytest.fixture
-def four_threads(native):
-    """Four threads, whatever the CPUs, and from small arrays on."""
+def four_threads(compiled):
+    """Four threads, on any number of CPUs, and for small arrays too."""
     limits, count = kernels.cpu.set_limits(1 << 14, 1 << 14, 1 << 25), relu_xp.get_num_threads()
     relu_xp.set_num_threads(4)
     yield
@@ -51,7 +50,7 @@ def bits(x):
 
 class TestNumber:
     @pytest.fixture
-    def eight(self, monkeypatch, tmp_path):
+    def quota(self, monkeypatch, tmp_path):
         """Eight CPUs, and a file that may limit them."""
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
         monkeypatch.setattr(kernels, "_QUOTA", tmp_path / "cpu.max")
@@ -59,47 +58,40 @@ class TestNumber:
         return tmp_path / "cpu.max"
 
     @pytest.mark.parametrize(
-        ("text", "wanted"),
-        [(None, 8), ("", 8), ("1", 1), ("2", 2), ("8", 8), ("9", 8), ("1000", 8)],
+        ("text", "limit", "wanted"),
+        [(text, None, 8) for text in (None, "", "8", "9", "1000")]
+        + [("1", None, 1), ("2", None, 2), ("3", "50000 100000\n", 1), ("3", "max 100000\n", 3)]
+        + [(None, limit, 8) for limit in ("max 100000\n", "1600000 100000\n", "nonsense", "")]
+        + [(None, "50000 100000\n", 1), (None, "150000 100000\n", 2)],
     )
-    def test_the_environment_asks_for_fewer(self, eight, monkeypatch, text, wanted):
+    def test_the_environment_and_a_container_lower_it(
+        self, quota, monkeypatch, text, limit, wanted
+    ):
         if text is not None:
             monkeypatch.setenv(kernels.NUM_THREADS, text)
+        if limit is not None:
+            quota.write_text(limit)
         assert kernels._default_num_threads() == wanted
 
     @pytest.mark.parametrize("text", ["0", "two", "-1", "1.5", "1e1", "2,2", "0x2", " ", "²"])
-    def test_what_is_no_number_of_threads_is_refused(self, eight, monkeypatch, text):
+    def test_an_invalid_environment_raises(self, quota, monkeypatch, text):
         monkeypatch.setenv(kernels.NUM_THREADS, text)
         with pytest.raises(ValueError, match=f"^RELU_XP_NUM_THREADS must be .* got {text!r}$"):
             kernels._default_num_threads()
 
-    @pytest.mark.parametrize(
-        ("quota", "wanted"),
-        [
-            ("max 100000\n", 8),
-            ("50000 100000\n", 1),
-            ("150000 100000\n", 2),
-            ("1600000 100000\n", 8),
-            ("nonsense", 8),
-            ("", 8),
-        ],
-    )
-    def test_a_container_allows_fewer(self, eight, monkeypatch, quota, wanted):
-        eight.write_text(quota)
-        assert kernels._default_num_threads() == wanted
-        monkeypatch.setenv(kernels.NUM_THREADS, "3")
-        assert kernels._default_num_threads() == min(wanted, 3)
-
     @pytest.mark.parametrize(("cpus", "wanted"), [(5, 5), (None, 1)])
-    def test_a_system_without_affinity(self, eight, monkeypatch, cpus, wanted):
+    def test_a_system_without_affinity(self, quota, monkeypatch, cpus, wanted):
         monkeypatch.delattr(os, "sched_getaffinity")
         monkeypatch.setattr(os, "cpu_count", lambda: cpus)
         assert kernels._default_num_threads() == wanted
 
-    def test_a_fresh_process(self, native, python):
+    def test_a_new_process(self, compiled, python):
         script = """
+            import os, sys
             import numpy as np
             import relu_xp
+            if len(sys.argv) > 1:
+                os.sched_getaffinity = lambda _: set(range(int(sys.argv[1])))
             try:
                 relu_xp.relu(np.ones(3))
                 print(relu_xp.get_num_threads())
@@ -109,11 +101,14 @@ class TestNumber:
         cpus = kernels._default_num_threads()
         assert python(script) == f"{cpus}\n"
         assert python(script, RELU_XP_NUM_THREADS=1) == "1\n"
+        without = "import relu_xp\nrelu_xp.set_num_threads(2)\nprint(relu_xp.get_num_threads())"
+        assert python(without, RELU_XP_NATIVE=0) == "1\n"
         assert python(script, RELU_XP_NUM_THREADS=100_000) == f"{cpus}\n"
-        said = "RELU_XP_NUM_THREADS must be an integer, 1 or greater, got 'two'\n"
-        assert python(script, RELU_XP_NUM_THREADS="two") == said
+        assert int(python(script, 5000)) <= 1024
+        message = "RELU_XP_NUM_THREADS must be an integer, 1 or greater, got 'two'\n"
+        assert python(script, RELU_XP_NUM_THREADS="two") == message
 
-    def test_it_can_be_set(self, four_threads):
+    def test_set_num_threads(self, four_threads):
         assert relu_xp.get_num_threads() == 4
         for number in (1, 7, np.int8(3), 1024):
             relu_xp.set_num_threads(number)
@@ -121,21 +116,21 @@ class TestNumber:
 
     @pytest.mark.parametrize(
         ("n", "error"),
-        [(None, TypeError), ("2", TypeError), (2.0, TypeError), (True, TypeError)]
+        [(n, TypeError) for n in (None, "2", 2.0, True)]
         + [(n, ValueError) for n in (0, -1, 1025, 10**30)],
     )
-    def test_or_is_refused(self, n, error):
+    def test_an_invalid_number_raises(self, n, error):
         before = relu_xp.get_num_threads()
         with pytest.raises(error, match="^set_num_threads: n must be"):
             relu_xp.set_num_threads(n)
         assert relu_xp.get_num_threads() == before
 
     def test_as_many_take_part(self, process):
-        """The caller is one of them; workers that are not needed any more wait."""
+        """The caller is one of them; workers that are no longer needed wait."""
         script = """
             for number in (1, 2, 5, 3):
                 relu_xp.set_num_threads(number)
-                right()
+                check_calls()
                 print(workers(), end=" ")
         """
         assert process(script) == "0 1 4 4 "
@@ -145,17 +140,17 @@ class TestNumber:
 
 
 class Case:
-    """Arrays, and what every function makes of them by the array-API code."""
+    """Arrays, and the results of every function without compiled kernels."""
 
     def __init__(self, number):
         dtype = np.dtype(("float32", "float64", "float16")[number // 3 % 3])
-        self.numbers = MEMBERS[number % 3]
+        self.params = PRESETS[number % 3]
         rng = np.random.default_rng(number)
         order = np.asfortranarray if number % 2 else np.asarray
         arrays = rng.standard_normal((2, 300 + 7 * (number // 4), 401)).astype(dtype)
         self.x, self.dy = map(order, arrays)
         self.opposite, self.out = -self.x, np.empty_like(self.x)
-        self.layer = relu_xp.ReLU(**self.numbers)
+        self.layer = relu_xp.ReLU(**self.params)
         self.others = [
             relu_xp.PReLU(401, init=0.5),
             relu_xp.RReLU(0.5, 0.5),
@@ -171,17 +166,17 @@ class Case:
         self.library = LIBRARIES[names[number % len(names)]] if names else None
 
     def results(self):
-        numbers, x, dy, out = self.numbers, self.x, self.dy, self.out
-        yield relu_xp.relu(x, **numbers)
-        yield relu_xp.relu(x, **numbers, out=out)
-        y, pullback = relu_xp.relu_vjp(x, **numbers)
-        _, opposite = relu_xp.relu_vjp(self.opposite, **numbers)
+        params, x, dy, out = self.params, self.x, self.dy, self.out
+        yield relu_xp.relu(x, **params)
+        yield relu_xp.relu(x, **params, out=out)
+        y, pullback = relu_xp.relu_vjp(x, **params)
+        _, opposite = relu_xp.relu_vjp(self.opposite, **params)
         yield from (y, self.layer.forward(x), pullback(dy), opposite(dy), self.layer.backward(dy))
         yield pullback(dy, out=out)
-        yield relu_xp.relu_backward(dy, x, **numbers)
-        yield relu_xp.relu_grad(x, **numbers)
+        yield relu_xp.relu_backward(dy, x, **params)
+        yield relu_xp.relu_grad(x, **params)
         out[...] = x
-        y, pullback = relu_xp.relu_vjp(out, **numbers, out=out)
+        y, pullback = relu_xp.relu_vjp(out, **params, out=out)
         yield y
         out[...] = dy
         yield pullback(out, out=out)
@@ -190,7 +185,7 @@ class Case:
             yield from (y, layer.backward(y), *layer.grads)
 
     def check(self):
-        """Do everything; also with a new slope every time, and in another library."""
+        """Compare all results; also with a new slope every time, and of another library."""
         for wanted, got in zip(self.wanted, self.results(), strict=True):
             assert np.array_equal(bits(wanted), bits(got))
         slope = np.float32(1 / (1 + next(self.slopes)))
@@ -203,6 +198,7 @@ class Case:
                 assert np.array_equal(got, np.maximum(self.small, 0))
 
 
+@pytest.mark.slow
 def test_the_bits_do_not_depend_on_the_number_of_threads(four_threads):
     for case, threads in itertools.product(map(Case, range(9)), (1, 2, 3, 7)):
         relu_xp.set_num_threads(threads)
@@ -213,7 +209,7 @@ def test_the_number_of_threads_is_set_while_others_call(four_threads):
     case, draw = Case(1), random.Random(0)
 
     def call():
-        assert np.array_equal(relu_xp.relu(case.x, **case.numbers), case.wanted[0])
+        assert np.array_equal(relu_xp.relu(case.x, **case.params), case.wanted[0])
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(call) for _ in range(500)]
@@ -224,13 +220,14 @@ def test_the_number_of_threads_is_set_while_others_call(four_threads):
 
 
 class TestCallersAtOnce:
-    @pytest.fixture(params=["numpy", "native"], autouse=True)
+    @pytest.fixture(params=["numpy", "compiled"], autouse=True)
     def backend(self, request):
-        if request.param == "native":
+        if request.param == "compiled":
             request.getfixturevalue("four_threads")
         with LIBRARIES[request.param].running():
             yield
 
+    @pytest.mark.slow
     def test_sixteen_threads(self, request):
         cases = [Case(number) for number in range(16)]
         rounds = collections.Counter()
@@ -258,7 +255,7 @@ class TestCallersAtOnce:
 
 
 class TestEnvironment:
-    """A worker computes in its caller's floating-point environment."""
+    """A worker has its caller's floating-point environment."""
 
     @pytest.mark.parametrize("dtype", [np.float32, np.float64])
     def test_products_are_rounded_as_the_caller_rounds(self, four_threads, request, dtype):
@@ -293,10 +290,10 @@ class TestEnvironment:
 
 # ---- Processes -----------------------------------------------------------------------------------
 
-# Four threads whatever the CPUs, from small arrays on; and children that tell what they found.
+# Four threads, for small arrays too; and functions that start and check child processes.
 BEGIN = """
     import atexit, ctypes, multiprocessing, os, signal, sys, threading, time, warnings
-    # Python 3.12 and later warn of what is to be shown to work.
+    # Python 3.12 and later warn of a fork with threads.
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, whose threads would be counted
     import numpy as np
@@ -309,8 +306,8 @@ BEGIN = """
     wanted = np.where(x > 0, x, np.float32(0))
     big = np.ones(1 << 22, np.float32)
 
-    def right(again=3):
-        for _ in range(again):
+    def check_calls(repeats=3):
+        for _ in range(repeats):
             assert np.array_equal(relu_xp.relu(x), wanted)
             y, pullback = relu_xp.relu_vjp(x)
             assert np.array_equal(y, wanted)
@@ -321,7 +318,7 @@ BEGIN = """
         # Threads of this process that are not Python's.
         return len(os.listdir("/proc/self/task")) - threading.active_count()
 
-    def call_for_ever():
+    def call_forever():
         mine = big.copy()
         while True:
             relu_xp.relu(mine, out=mine)
@@ -329,26 +326,26 @@ BEGIN = """
 
     def child(pipe):
         assert workers() == 0
-        right()
+        check_calls()
         pipe.send(workers())
 
-    def start(context, target=child):
-        mine, its = context.Pipe()
+    def check(context, target=child):
+        pipe, its = context.Pipe()
         process = context.Process(target=target, args=(its,))
         process.start()
         its.close()
-        return process, mine
-
-    def check(context, target=child):
-        process, pipe = start(context, target)
         try:
-            assert pipe.poll(20), "the child says nothing"
+            assert pipe.poll(20), "the child sends nothing"
             assert pipe.recv() == 3, "the child has no workers of its own"
             process.join(20)
             assert process.exitcode == 0, process.exitcode
         finally:
             process.kill()
             pipe.close()
+
+    def interrupt(delay):
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGINT)
 
     def wait_for(child):
         deadline = time.monotonic() + 20
@@ -362,8 +359,8 @@ BEGIN = """
 
 
 @pytest.fixture
-def process(request, native, python):
-    """Return a function that runs a script after BEGIN."""
+def process(request, compiled, python):
+    """Return a function that runs BEGIN and a script in a new process."""
     if sys.platform != "linux":
         unavailable(request.config, "the threads of a process are counted as on Linux")
 
@@ -374,115 +371,111 @@ def process(request, native, python):
     return run
 
 
-class TestProcesses:
-    def test_a_child_forked_while_the_workers_wait(self, process):
-        script = """
-            context = multiprocessing.get_context("fork")
-            check(context)  # before there are any
-            right()
-            assert workers() == 3
-            for _ in range(10):
-                check(context)
-                right()
-            time.sleep(0.05)  # they sleep
+FORKS = {
+    "a child forked while the workers wait": """
+        context = multiprocessing.get_context("fork")
+        check(context)  # before there are any
+        check_calls()
+        assert workers() == 3
+        for _ in range(10):
             check(context)
-            right()
-            assert workers() == 3
+            check_calls()
+        time.sleep(0.05)  # they sleep
+        check(context)
+        check_calls()
+        assert workers() == 3
 
-            def parent(pipe):
+        def parent(pipe):
+            check(context)
+            child(pipe)
+            check(context)
+
+        check(context, parent)
+        with context.Pool(3) as pool:
+            for y in pool.map(relu_xp.relu, [x] * 20):
+                assert np.array_equal(y, wanted)
+    """,
+    "forked while other threads are in calls": """
+        check_calls()
+        context = multiprocessing.get_context("fork")
+        line = np.linspace(-1, 1, 1 << 22, dtype=np.float32)
+        above, stop, failed = np.maximum(line, 0), threading.Event(), []
+
+        def call():
+            while not stop.is_set():
+                if not np.array_equal(relu_xp.relu(line), above):
+                    failed.append(1)
+
+        callers = [threading.Thread(target=call) for _ in range(2)]
+        for caller in callers:
+            caller.start()
+        try:
+            for _ in range(30):
                 check(context)
-                child(pipe)
-                check(context)
+            check_calls()
+        finally:
+            stop.set()
+        for caller in callers:
+            caller.join()
+        assert not failed
+    """,
+    "forked in c": """
+        check_calls()
+        fork = ctypes.PyDLL(None).fork  # neither Python nor this package is notified
+        threading.Thread(target=call_forever, daemon=True).start()
+        for number in range(20):
+            child = fork()
+            if child == 0:
+                try:
+                    before = len(os.listdir("/proc/self/task"))
+                    check_calls()
+                    os._exit(len(os.listdir("/proc/self/task")) - before)
+                finally:
+                    os._exit(99)
+            assert wait_for(child) == 3
+            check_calls(1)
+    """,
+    "a child that exits or was forked by a thread": """
+        def fork(function, leave):
+            child = os.fork()
+            if child == 0:
+                try:
+                    function()
+                except BaseException as error:
+                    print(type(error), error, file=sys.stderr)
+                    os._exit(1)
+                if leave:
+                    os._exit(0)
+                sys.exit(7)  # by way of atexit, where the workers are joined
+            assert wait_for(child) == (0 if leave else 7)
 
-            check(context, parent)
-            with context.Pool(3) as pool:
-                for y in pool.map(relu_xp.relu, [x] * 20):
-                    assert np.array_equal(y, wanted)
-        """
-        process(script)
+        for first in (lambda: None, check_calls):
+            first()
+            fork(check_calls, True)
+            fork(check_calls, False)
+            fork(lambda: None, False)
+        thread = threading.Thread(target=fork, args=(check_calls, True))
+        thread.start()
+        thread.join()
+        check_calls()
+    """,
+}
 
-    def test_forked_while_other_threads_are_in_calls(self, process):
-        script = """
-            right()
-            context = multiprocessing.get_context("fork")
-            line = np.linspace(-1, 1, 1 << 22, dtype=np.float32)
-            above, stop, failed = np.maximum(line, 0), threading.Event(), []
 
-            def call():
-                while not stop.is_set():
-                    if not np.array_equal(relu_xp.relu(line), above):
-                        failed.append(1)
-
-            callers = [threading.Thread(target=call) for _ in range(2)]
-            for caller in callers:
-                caller.start()
-            try:
-                for _ in range(30):
-                    check(context)
-                right()
-            finally:
-                stop.set()
-            for caller in callers:
-                caller.join()
-            assert not failed
-        """
-        process(script)
-
-    def test_forked_in_c(self, process):
-        """Nobody tells Python, nor this package, of such a child."""
-        script = """
-            right()
-            fork = ctypes.PyDLL(None).fork
-            threading.Thread(target=call_for_ever, daemon=True).start()
-            for number in range(20):
-                child = fork()
-                if child == 0:
-                    try:
-                        before = len(os.listdir("/proc/self/task"))
-                        right()
-                        os._exit(len(os.listdir("/proc/self/task")) - before)
-                    finally:
-                        os._exit(99)
-                assert wait_for(child) == 3
-                right(1)
-        """
-        process(script)
-
-    def test_a_child_that_ends_by_itself_or_is_of_a_thread(self, process):
-        script = """
-            def fork(function, leave):
-                child = os.fork()
-                if child == 0:
-                    try:
-                        function()
-                    except BaseException as error:
-                        print(type(error), error, file=sys.stderr)
-                        os._exit(1)
-                    if leave:
-                        os._exit(0)
-                    sys.exit(7)  # by way of atexit, where the workers are joined
-                assert wait_for(child) == (0 if leave else 7)
-
-            for first in (lambda: None, right):
-                first()
-                fork(right, True)
-                fork(right, False)
-                fork(lambda: None, False)
-            thread = threading.Thread(target=fork, args=(right, True))
-            thread.start()
-            thread.join()
-            right()
-        """
-        process(script)
+class TestProcesses:
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", FORKS)
+    def test_fork(self, process, name):
+        process(FORKS[name])
 
     @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-    def test_other_ways_to_start_a_child(self, process, method):
+    def test_other_start_methods(self, process, method):
         script = f"""
             if __name__ == "__main__":
-                right()
+                check_calls()
                 context = multiprocessing.get_context({method!r})
                 check(context)
-                right()
+                check_calls()
         """
         process(script)
 
@@ -491,13 +484,14 @@ class TestProcesses:
 
 
 class TestExit:
-    """A process ends in time, with the status expected, and without a word."""
+    """A process ends in time, with the expected status, and prints nothing."""
 
-    def test_daemons_are_in_calls(self, process):
+    @pytest.mark.slow
+    def test_daemon_threads_are_in_calls(self, process):
         """Their first calls, and later ones."""
         script = """
             for _ in range(2):
-                threading.Thread(target=call_for_ever, daemon=True).start()
+                threading.Thread(target=call_forever, daemon=True).start()
             time.sleep(DELAY)
             sys.exit(3)
         """
@@ -505,20 +499,21 @@ class TestExit:
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda text: process(text, status=3), scripts))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("last", ["", "time.sleep(0.05)", "sys.exit(0)", "cpu.shut_down()"])
     def test_right_after_a_call(self, process, last):
         for _ in range(5):
-            process(f"right()\nassert workers() == 3\n{last}", timeout=20)
+            process(f"check_calls()\nassert workers() == 3\n{last}", timeout=20)
 
-    @pytest.mark.parametrize("first", ["", "right()"])
-    def test_calls_from_atexit_do_without_workers(self, process, first):
-        """Once the workers are joined, which a function registered earlier comes after."""
+    @pytest.mark.parametrize("first", ["", "check_calls()"])
+    def test_calls_from_atexit_use_no_workers(self, process, first):
+        """A function that is registered before `shut_down` runs after it."""
         script = f"""
             import relu_xp.kernels
 
             def last():
                 assert workers() == 0
-                right()
+                check_calls()
                 assert np.array_equal(relu_xp.relu(big), big)
                 assert workers() == 0
                 print("last")
@@ -526,37 +521,30 @@ class TestExit:
             atexit.unregister(cpu.shut_down)
             atexit.register(last)
             atexit.register(cpu.shut_down)
-            atexit.register(right)
+            atexit.register(check_calls)
             {first}
         """
         assert process(script, timeout=20) == "last\n"
 
     def test_an_interrupt_ends_a_process_in_a_long_call(self, process):
         script = """
-            def interrupt():
-                time.sleep(0.1)
-                os.kill(os.getpid(), signal.SIGINT)
-
-            threading.Thread(target=interrupt).start()
+            threading.Thread(target=interrupt, args=(0.1,)).start()
             deadline = time.monotonic() + 20
             while time.monotonic() < deadline:
                 relu_xp.relu(big, out=big)
         """
-        told = r"Traceback .*\nKeyboardInterrupt\n"
+        message = r"Traceback .*\nKeyboardInterrupt\n"
         for _ in range(3):
-            process(script, status=-signal.SIGINT, stderr=told)
+            process(script, status=-signal.SIGINT, stderr=message)
 
 
 class TestInterrupts:
+    @pytest.mark.slow
     def test_many_in_large_calls(self, process):
         script = """
-            right()
+            check_calls()
             mine = big[: 1 << 21].copy()
             caught = 0
-
-            def interrupt(delay):
-                time.sleep(delay)
-                os.kill(os.getpid(), signal.SIGINT)
 
             def call_until_then(thread):
                 thread.start()
@@ -572,13 +560,14 @@ class TestInterrupts:
                 except KeyboardInterrupt:
                     caught += 1
                 thread.join()
-                right(1)
+                check_calls(1)
             assert caught == 100, caught
         """
         process(script)
 
+    @pytest.mark.slow
     def test_at_every_point_of_a_call(self, process):
-        """Python hears of one when a function of the package begins or returns."""
+        """Python raises one where a function of the package begins or returns."""
         script = """
             def interrupt_everywhere(call, then):
                 points = whole = 0
@@ -619,9 +608,9 @@ class TestInterrupts:
                 lambda: relu_xp.relu_vjp(few)[1](few),
                 *[lambda layer=layer: layer.backward(layer.forward(x)) for layer in layers],
             ]
-            points = [interrupt_everywhere(call, lambda: right(1)) for call in calls]
+            points = [interrupt_everywhere(call, lambda: check_calls(1)) for call in calls]
             assert min(points) > 5, points
-            for layer in layers:  # none was left in a state that it does not come out of
+            for layer in layers:  # none is left in an invalid state
                 layer.backward(layer.forward(x))
         """
         process(script)
@@ -629,7 +618,7 @@ class TestInterrupts:
 
 def test_idle_workers_use_no_processor(process):
     script = """
-        right()
+        check_calls()
         assert workers() == 3
         time.sleep(0.1)
         before = time.process_time()
@@ -647,17 +636,17 @@ def test_no_system_thread_can_be_started(process):
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 22), most))  # less than a stack
-        right()
+        check_calls()
         assert workers() == 0
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        right()
+        check_calls()
         assert workers() == 3
     """
     process(script)
 
 
-def test_gevent(native, require, python):
-    """Its threads are no threads: a worker that waited as one of them would never be woken."""
+def test_gevent(compiled, require, python):
+    """A worker that waited as one of its greenlets would never be notified."""
     require("gevent")
     script = """
         from gevent import monkey
@@ -682,7 +671,7 @@ def test_gevent(native, require, python):
 
 if sysconfig.get_config_var("Py_GIL_DISABLED"):
 
-    def test_importing_leaves_the_gil_off(native, python):
+    def test_importing_leaves_the_gil_off(compiled, python):
         script = """
             import sys
             import numpy as np

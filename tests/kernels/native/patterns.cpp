@@ -1,6 +1,6 @@
-// Digests of what the kernels make of every 16-bit number, and of special and other numbers of 32
-// and 64 bits: a line for each dtype, operation and activation. The lines are to be the same for
-// all instruction sets, compilers and processors.
+// Digests of the kernels' outputs for every 16-bit number, and for special and other numbers of 32
+// and 64 bits: a line for each dtype, operation and activation. All instruction sets, compilers and
+// processors must print the same lines.
 //
 //   patterns NAME    with the kernels of an instruction set: v2, v3, v4 or baseline
 
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -16,9 +17,7 @@
 namespace {
 
 using relu_xp::Block;
-using relu_xp::Kernel;
 using relu_xp::KernelTable;
-using relu_xp::Numbers;
 using Words = std::vector<std::uint64_t>;
 
 const KernelTable* table_of(const std::string& name) {
@@ -79,25 +78,29 @@ constexpr Activation kActivations[] = {
     {"everything", relu_xp::kGeneralClipped, -0.5, kSlope, 1.75, 20},
 };
 
-struct Named {
+struct Operation {
   const char* name;
   int number;
+  const char* inputs;  // x, d(y), s(lopes) or m(ask), an array each
+  char mask = ' ';     // b(its) or m(ask)
+  bool writes_mask = false;
+  int itemsize = 0;  // of the output, if it has another dtype
 };
-constexpr Named kBranchOperations[] = {{"forward", relu_xp::kForward},
-                                       {"forward with bits", relu_xp::kForwardBits},
-                                       {"branches", relu_xp::kBranches},
-                                       {"backward from bits", relu_xp::kBackwardBits},
-                                       {"backward from bytes", relu_xp::kBackwardBytes},
-                                       {"backward from input", relu_xp::kBackwardFromInput}};
-constexpr Named kOtherOperations[] = {{"prelu", relu_xp::kPrelu},
-                                      {"prelu from bytes", relu_xp::kPreluBytes},
-                                      {"scale", relu_xp::kScale},
-                                      {"squared", relu_xp::kSquaredRelu},
-                                      {"squared, backward", relu_xp::kSquaredReluBackward},
-                                      {"negated", relu_xp::kNegatedRelu},
-                                      {"crelu, branches", relu_xp::kCreluBranches},
-                                      {"crelu, backward", relu_xp::kCreluBackward},
-                                      {"to double", relu_xp::kToDouble}};
+constexpr Operation kOperations[] = {{"forward", relu_xp::kForward, "x"},
+                                     {"forward with bits", relu_xp::kForwardBits, "x", 'b', true},
+                                     {"branches", relu_xp::kBranches, "x", 'm', true},
+                                     {"backward from bits", relu_xp::kBackwardBits, "d", 'b'},
+                                     {"backward from bytes", relu_xp::kBackwardBytes, "d", 'm'},
+                                     {"backward from input", relu_xp::kBackwardFromInput, "dx"},
+                                     {"prelu", relu_xp::kPrelu, "dsx"},
+                                     {"prelu from bytes", relu_xp::kPreluBytes, "ds", 'm'},
+                                     {"scale", relu_xp::kScale, "ds"},
+                                     {"squared", relu_xp::kSquaredRelu, "x"},
+                                     {"squared, backward", relu_xp::kSquaredReluBackward, "xd"},
+                                     {"negated", relu_xp::kNegatedRelu, "x"},
+                                     {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, 1},
+                                     {"crelu, backward", relu_xp::kCreluBackward, "dsm"},
+                                     {"to double", relu_xp::kToDouble, "x", ' ', false, 8}};
 
 std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
   z *= 0x9e3779b97f4a7c15;
@@ -106,8 +109,8 @@ std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
   return z ^ (z >> 31);
 }
 
-// Every number of 16 bits; of more, the borders of all kinds of numbers, and others.
-Words numbers_of(const Format& format) {
+// Every number of 16 bits; of more bits, the limits of every kind of number, and random ones.
+Words words_of(const Format& format) {
   Words found;
   if (format.bits == 16) {
     for (std::uint64_t word = 0; word < 0x10000; ++word) found.push_back(word);
@@ -176,17 +179,16 @@ class Digest {  // FNV-1a
 
 bool failed = false;
 
-// What all operations of a format read and write.
+// The arrays that the operations of a format read and write.
 struct Operands {
   explicit Operands(const Format& format)
-      : format(format),
-        itemsize(static_cast<std::size_t>(format.bits / 8)),
-        x(numbers_of(format), itemsize),
-        dy(shuffled(numbers_of(format)), itemsize),
-        slopes(shuffled(shuffled(numbers_of(format))), itemsize),
+      : itemsize(static_cast<std::size_t>(format.bits / 8)),
+        x(words_of(format), itemsize),
+        dy(shuffled(words_of(format)), itemsize),
+        slopes(shuffled(shuffled(words_of(format))), itemsize),
         count(x.size() / itemsize),
         bits((count + 7) / 8, 1),
-        branches(count, 1) {}
+        mask(count, 1) {}
 
   static Words shuffled(const Words& words) {
     Words found = words;
@@ -196,113 +198,73 @@ struct Operands {
     return found;
   }
 
-  Format format;
+  Array* named(char name) {
+    switch (name) {
+      case 'x':
+        return &x;
+      case 'd':
+        return &dy;
+      case 's':
+        return &slopes;
+      case 'b':
+        return &bits;
+      default:
+        return name == 'm' ? &mask : nullptr;
+    }
+  }
+
   std::size_t itemsize;
   Array x, dy, slopes;
   std::size_t count;
-  Array bits, branches;
+  Array bits, mask;
 };
 
-// Runs a kernel and prints a digest of what it writes. A NaN that stands where no input has one is
-// taken for any NaN: x86 makes negative ones, and Arm positive ones.
-void run(const std::string& name, Kernel kernel, const Numbers& numbers, Operands& operands,
-         std::vector<Array*> inputs, Array* mask, bool writes_mask, std::size_t itemsize) {
+// Runs a kernel and prints a digest of its output. A NaN at an index where no input has one counts
+// as any NaN: x86 makes negative ones, and Arm positive ones.
+void run(const KernelTable& table, const Format& format, const Operation& operation,
+         const Activation& activation, Operands& operands) {
+  relu_xp::Params params{};
+  params.threshold = format.word(activation.threshold);
+  params.negative_slope = format.word(activation.negative_slope);
+  params.positive_slope = format.word(activation.positive_slope);
+  params.max_value = format.word(activation.max_value);
+  params.dtype = format.dtype;
+  params.variant = operation.number < relu_xp::kPrelu ? activation.variant : relu_xp::kPlain;
+  const std::string inputs = operation.inputs;
+  const bool other_dtype = operation.itemsize != 0;
+  Array* mask = operands.named(operation.mask);
   for (const bool stream : {false, true}) {
-    Array out(operands.count, itemsize);
+    Array out(operands.count,
+              other_dtype ? static_cast<std::size_t>(operation.itemsize) : operands.itemsize);
     Block block{};
-    for (std::size_t i = 0; i < inputs.size(); ++i) block.in[i] = inputs[i]->data();
+    for (std::size_t i = 0; i < inputs.size(); ++i) {
+      block.in[i] = operands.named(inputs[i])->data();
+    }
     block.out = out.data();
     block.mask = mask == nullptr ? nullptr : mask->bytes();
     block.count = operands.count;
-    block.stream = stream && !(writes_mask && mask == &operands.branches);
-    kernel(numbers, block);
+    block.stream = stream && operation.number != relu_xp::kBranches;
+    table.floating[format.dtype][operation.number][params.variant](params, block);
     Digest digest;
-    const Format& format = operands.format;
     for (std::size_t i = 0; i < operands.count; ++i) {
       std::uint64_t word = out.word(i);
-      if (itemsize == operands.itemsize && format.is_nan(word)) {
-        const bool given = std::any_of(inputs.begin(), inputs.end(), [&](const Array* input) {
-          return input != &operands.branches && format.is_nan(input->word(i));
+      if (!other_dtype && format.is_nan(word)) {
+        const bool given = std::any_of(inputs.begin(), inputs.end(), [&](char name) {
+          return name != 'm' && format.is_nan(operands.named(name)->word(i));
         });
         if (!given) word = format.infinity() + 1;
       }
       digest.add(word);
     }
-    if (writes_mask) {
-      for (std::size_t i = 0; i < mask->size(); ++i) digest.add(mask->word(i));
+    for (std::size_t i = 0; operation.writes_mask && i < mask->size(); ++i) {
+      digest.add(mask->word(i));
     }
-    std::printf("%s %s%s %016llx\n", format.name, name.c_str(), stream ? ", streamed" : "",
-                static_cast<unsigned long long>(digest.value()));
+    std::printf("%s %s, %s%s %016llx\n", format.name, operation.name, activation.name,
+                stream ? ", streamed" : "", static_cast<unsigned long long>(digest.value()));
     if (!out.is_whole() || (mask != nullptr && !mask->is_whole())) {
-      std::printf("%s %s wrote beside its output\n", format.name, name.c_str());
+      std::printf("%s %s wrote beside its output\n", format.name, operation.name);
       failed = true;
     }
-  }
-}
-
-void run_activation(const KernelTable& table, const Activation& activation, Operands& operands) {
-  const Format& format = operands.format;
-  Numbers numbers{};
-  numbers.threshold = format.word(activation.threshold);
-  numbers.negative_slope = format.word(activation.negative_slope);
-  numbers.positive_slope = format.word(activation.positive_slope);
-  numbers.max_value = format.word(activation.max_value);
-  numbers.dtype = format.dtype;
-  numbers.variant = activation.variant;
-  for (const Named& operation : kBranchOperations) {
-    const bool backward = operation.number >= relu_xp::kBackwardBits;
-    std::vector<Array*> inputs{backward ? &operands.dy : &operands.x};
-    if (operation.number == relu_xp::kBackwardFromInput) inputs.push_back(&operands.x);
-    Array* mask = nullptr;
-    if (operation.number == relu_xp::kForwardBits || operation.number == relu_xp::kBackwardBits) {
-      mask = &operands.bits;
-    } else if (operation.number == relu_xp::kBranches ||
-               operation.number == relu_xp::kBackwardBytes) {
-      mask = &operands.branches;
-    }
-    run(std::string(operation.name) + ", " + activation.name,
-        table.floating[format.dtype][operation.number][activation.variant], numbers, operands,
-        inputs, mask, mask != nullptr && !backward, operands.itemsize);
-  }
-}
-
-void run_others(const KernelTable& table, Operands& operands) {
-  const Format& format = operands.format;
-  Numbers numbers{};
-  numbers.positive_slope = format.word(1);
-  numbers.dtype = format.dtype;
-  for (const Named& operation : kOtherOperations) {
-    std::vector<Array*> inputs{&operands.x};
-    std::size_t itemsize = operands.itemsize;
-    Array* mask = nullptr;
-    switch (operation.number) {
-      case relu_xp::kPrelu:
-        inputs = {&operands.dy, &operands.slopes, &operands.x};
-        break;
-      case relu_xp::kPreluBytes:
-        inputs = {&operands.dy, &operands.slopes};
-        mask = &operands.branches;
-        break;
-      case relu_xp::kScale:
-        inputs = {&operands.dy, &operands.slopes};
-        break;
-      case relu_xp::kSquaredReluBackward:
-        inputs = {&operands.x, &operands.dy};
-        break;
-      case relu_xp::kCreluBranches:
-        itemsize = 1;
-        break;
-      case relu_xp::kCreluBackward:
-        inputs = {&operands.dy, &operands.slopes, &operands.branches};
-        break;
-      case relu_xp::kToDouble:
-        itemsize = sizeof(double);
-        break;
-      default:
-        break;
-    }
-    run(operation.name, table.other[format.dtype][operation.number - relu_xp::kVariantOperations],
-        numbers, operands, inputs, mask, false, itemsize);
   }
 }
 
@@ -316,8 +278,14 @@ int main(int argc, char** argv) {
   }
   for (const Format& format : kFormats) {
     Operands operands(format);
-    for (const Activation& activation : kActivations) run_activation(*table, activation, operands);
-    run_others(*table, operands);
+    for (const Activation& activation : kActivations) {
+      const bool last = &activation == std::end(kActivations) - 1;  // the mask has all branches
+      for (const Operation& operation : kOperations) {
+        if (last || operation.number < relu_xp::kPrelu) {
+          run(*table, format, operation, activation, operands);
+        }
+      }
+    }
   }
   return failed ? 1 : 0;
 }

@@ -41,15 +41,15 @@ struct Call {
 
 void forward(void* context, std::size_t begin, std::size_t end) {
   auto& call = *static_cast<Call*>(context);
-  relu_xp::Numbers numbers{};
-  numbers.positive_slope = 0x3f800000;
-  numbers.dtype = relu_xp::kFloat32;
+  relu_xp::Params params{};
+  params.positive_slope = 0x3f800000;
+  params.dtype = relu_xp::kFloat32;
   relu_xp::Block block{};
   block.in[0] = reinterpret_cast<const char*>(call.x.data() + begin);
   block.out = reinterpret_cast<char*>(call.y.data() + begin);
   block.mask = call.mask.data() + begin / 8;
   block.count = end - begin;
-  table.floating[relu_xp::kFloat32][relu_xp::kForwardBits][relu_xp::kPlain](numbers, block);
+  table.floating[relu_xp::kFloat32][relu_xp::kForwardBits][relu_xp::kPlain](params, block);
 }
 
 void check(std::size_t count, int seed) {
