@@ -1,4 +1,4 @@
-"""Arrays to the host and back, by the means of the standard alone."""
+"""Conversion of any library's arrays to NumPy, and back."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def to_numpy(x: Any) -> npt.NDArray[Any]:
     Raises
     ------
     TypeError
-        If the library offers no way, or none for this dtype.
+        If the array or its dtype cannot be converted.
     """
-    if hasattr(x, "detach"):  # from the graph of PyTorch's autograd
+    if hasattr(x, "detach"):  # a PyTorch tensor, which autograd may record
         x = x.detach()
     try:
         return np.from_dlpack(x)
@@ -35,7 +35,7 @@ def to_numpy(x: Any) -> npt.NDArray[Any]:
         pass
     try:
         host = np.asarray(x)
-    except Exception:  # CuPy, say, which copies to the host only when it is told to
+    except Exception:  # for example CuPy, which copies to the host only on request
         host = np.asarray(array_api_compat.to_device(x, "cpu"))
     if host.dtype.hasobject:
         raise TypeError(f"{type(x).__name__} does not become a NumPy array")
@@ -43,6 +43,6 @@ def to_numpy(x: Any) -> npt.NDArray[Any]:
 
 
 def from_numpy(host: npt.NDArray[Any], like: Any) -> Any:
-    """Return a copy of a host's array, of the library and on the device of `like`."""
+    """Return a copy of a NumPy array, in the library and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)
     return xp.asarray(host.copy(), device=array_api_compat.device(like))

@@ -1,59 +1,53 @@
-"""Array -> backend: the only place that knows which libraries exist.
+"""The backend for an array, by the array's type: the libraries and their backends are listed here.
 
-An exact ``type(x)`` seen before costs one look-up in `BACKENDS`, and even that only once for each
-activation and dtype (`Activation.served`). A new one goes to the backend of its library (the first
-component of the name of its array namespace's module): one of ours, one that another package brings
-through the entry-point group ``relu_xp.backends``, or the generic one. A backend's module is
-imported when the first array of its library arrives.
+The exact type of an array that was seen before costs one lookup in `BACKENDS`. A new type goes to
+the backend of its library (the first component of the name of its array namespace's module): a
+built-in one, one that another package registers in the entry-point group ``relu_xp.backends``, or
+`relu_xp.backends.base.Backend`, for any library of the array API standard. A backend's module is
+imported when the first array of its library is passed.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
-import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import array_api_compat
 import numpy as np
 
-from relu_xp.backends import Backend
-from relu_xp.tracing import constant
-
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
+    from relu_xp.backends.base import Backend
+
 __all__ = [
     "BACKENDS",
-    "COMPILED",
     "ENTRY_POINTS",
     "LIBRARIES",
     "LibraryError",
     "availability",
+    "backend_class",
     "backend_for",
-    "describe",
-    "how_to_move",
-    "kernels",
-    "module_of",
+    "format_device",
     "namespace",
+    "transfer_hint",
 ]
 
 ENTRY_POINTS = "relu_xp.backends"
 
-BACKENDS: dict[type, Backend] = {}
+BACKENDS: dict[type, Backend] = {}  # by the type of an array
 
-_BUILT_IN = {name: f"relu_xp.backends.{name}" for name in ("numpy", "cupy", "torch", "jax", "dask")}
-COMPILED = "relu_xp.backends.native"  # for NumPy arrays, where there are compiled kernels
-_GENERIC = "relu_xp.backends.generic"
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
 
-LIBRARIES = (*_NAMES, "array_api_strict")  # those that are tested; any other serves by its name
+LIBRARIES = (*_NAMES, "array_api_strict")  # that are tested; others work too
 
 
 class LibraryError(ValueError):
-    """A library that was asked for by name and cannot be had.
+    """A library that was asked for by name is not available.
 
     Attributes
     ----------
@@ -67,7 +61,7 @@ class LibraryError(ValueError):
 
 
 def backend_for(function: str, argument: str, x: Any) -> Backend:
-    """Return the backend that serves an array.
+    """Return the backend for an array.
 
     Parameters
     ----------
@@ -82,34 +76,25 @@ def backend_for(function: str, argument: str, x: Any) -> Backend:
     Raises
     ------
     TypeError
-        If `x` is not an array, or a subclass of ``numpy.ndarray`` with rules of its own, or only
-        says that it is NumPy's.
+        If `x` is not an array, is of a subclass of ``numpy.ndarray`` other than ``numpy.memmap``,
+        or has NumPy's array API namespace without being an ndarray.
     """
     kind = type(x)
-    _meet(kind)
     backend = BACKENDS.get(kind)
     if backend is None:
-        backend = BACKENDS[kind] = _load(_library_of(function, argument, x))
+        backend = BACKENDS[kind] = _backend(_library_of(function, argument, x))
     return backend
 
 
-@constant
-def _meet(kind: type) -> None:
-    """Note what serves PyTorch's tensors: ``torch.compile`` cannot trace what finds it."""
-    torch = sys.modules.get("torch")
-    if torch is not None and kind not in BACKENDS and issubclass(kind, torch.Tensor):
-        BACKENDS.update(dict.fromkeys((kind, torch.Tensor, torch.nn.Parameter), _load("torch")))
-
-
-def describe(place: tuple[str, Hashable]) -> str:
-    """Put a backend's ``place`` into words, for example "CuPy on device 0"."""
-    library, device = place
+def format_device(device: tuple[str, Hashable]) -> str:
+    """Return a backend's ``device`` in words, for example "CuPy on device 0"."""
+    library, number = device
     name = _NAMES.get(library, library)
-    return name if device is None else f"{name} on device {device}"
+    return name if number is None else f"{name} on device {number}"
 
 
-def how_to_move(argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable]) -> str:
-    """Say how an array gets from one ``place`` to another."""
+def transfer_hint(argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable]) -> str:
+    """Return how an array is moved from one ``device`` to another."""
     if source[0] == target[0]:
         return f"move it to device {target[1]} first"
     if (source[0], target[0]) == ("cupy", "numpy"):
@@ -124,12 +109,12 @@ def namespace(name: str) -> Any:
     Parameters
     ----------
     name : str
-        Of the library's package, for example ``"cupy"`` or ``"jax"``.
+        The library's package, for example ``"cupy"`` or ``"jax"``.
 
     Returns
     -------
     module
-        Its array API namespace, the one of array_api_compat where there is one.
+        Its array API namespace, that of array_api_compat where there is one.
 
     Raises
     ------
@@ -152,13 +137,13 @@ def namespace(name: str) -> Any:
     except (Exception, SystemExit) as error:  # a broken installation, or driver, raises anything
         if isinstance(error, ModuleNotFoundError) and error.name in (name, module):
             here = (n for n in LIBRARIES if n != name and PathFinder.find_spec(n))
-            advice = f"; there is {', '.join(here)}"
+            advice = f"; installed are {', '.join(here)}"
             raise LibraryError(name, "not installed", advice) from None
-        raise LibraryError(name, f"not available: {_in_one_line(error)}") from error
+        raise LibraryError(name, f"not available: {_first_line(error)}") from error
 
 
 def availability(name: str) -> str | None:
-    """Return None if `namespace` would serve a library, else why not, in one line."""
+    """Return None if `namespace` returns a library, else why not, in one line."""
     try:
         namespace(name)
     except LibraryError as error:
@@ -166,23 +151,93 @@ def availability(name: str) -> str | None:
     return None
 
 
-def module_of(name: str) -> str:
-    """Return the module of the backend that serves a library's arrays, without importing it."""
-    entry_point = _third_party(name)
-    if entry_point is not None:
-        return entry_point.value
-    if name == "numpy" and kernels().cpu is not None:
-        return COMPILED
-    return _BUILT_IN.get(name, _GENERIC)
+def backend_class(library: str) -> type[Backend]:
+    """Return the class of the backend for a library's arrays.
+
+    Raises
+    ------
+    ImportError
+        If the library is not installed, or another package's backend cannot be imported.
+    TypeError
+        If another package's entry point is not a subclass of ``Backend``.
+    """
+    if library in _BUILT_IN:
+        return _BUILT_IN[library]()
+    from relu_xp.backends.base import Backend
+
+    entry_point = _third_party(library)
+    if entry_point is None:
+        return Backend
+    found = entry_point.load()
+    if not (isinstance(found, type) and issubclass(found, Backend)):
+        raise TypeError(
+            f"entry point {library} = {entry_point.value!r} of the group {ENTRY_POINTS} must be a "
+            "subclass of relu_xp.backends.base.Backend"
+        )
+    return found
 
 
-def kernels() -> Any:
-    """Return `relu_xp.kernels`, which loads the compiled module at the first call."""
-    return importlib.import_module("relu_xp.kernels")
+# The imports are literal, so that tools which collect a program's modules find them.
 
 
-def _in_one_line(error: BaseException) -> str:
-    """Return what an error says, or the one that caused it: CuPy wraps its own in a page."""
+def _numpy() -> type[Backend]:
+    from relu_xp import kernels
+
+    if kernels.cpu is not None:
+        from relu_xp.backends.compiled import CompiledBackend
+
+        return CompiledBackend
+    from relu_xp.backends.numpy import NumpyBackend
+
+    return NumpyBackend
+
+
+def _cupy() -> type[Backend]:
+    from relu_xp.backends.cupy import CupyBackend
+
+    return CupyBackend
+
+
+def _torch() -> type[Backend]:
+    from relu_xp.backends.torch import TorchBackend
+
+    return TorchBackend
+
+
+def _jax() -> type[Backend]:
+    from relu_xp.backends.jax import JaxBackend
+
+    return JaxBackend
+
+
+def _dask() -> type[Backend]:
+    from relu_xp.backends.dask import DaskBackend
+
+    return DaskBackend
+
+
+_BUILT_IN: dict[str, Callable[[], type[Backend]]] = {
+    "numpy": _numpy,
+    "cupy": _cupy,
+    "torch": _torch,
+    "jax": _jax,
+    "dask": _dask,
+}
+
+
+@functools.cache
+def _backend(library: str) -> Backend:
+    return backend_class(library)()
+
+
+def _third_party(library: str) -> EntryPoint | None:
+    import importlib.metadata  # takes as long to import as the rest of the package
+
+    return next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=library)), None)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the message of an error, or of its first cause: CuPy's message is a page long."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = (line.strip() for line in str(error).splitlines())
@@ -204,10 +259,10 @@ def _library_of(function: str, argument: str, x: Any) -> str:
     try:
         library = array_api_compat.array_namespace(x, use_compat=False)
         name = str(library.__name__).partition(".")[0]
-        if name == "numpy":  # compiled code reads the very memory of NumPy's arrays
+        if name == "numpy":  # compiled code reads the memory of a NumPy array
             raise TypeError(f"{kind.__name__} is not a class of NumPy")
         return name
-    except Exception as error:  # whatever an object that is no array does when it is asked
+    except Exception as error:  # an object that is no array may raise anything
         _refuse(function, argument, x, None if isinstance(error, TypeError) else error)
 
 
@@ -217,19 +272,3 @@ def _refuse(function: str, argument: str, x: Any, cause: Exception | None = None
         f"{function}: {argument} must be an array, got {kind}; "
         f"convert it first, for example numpy.asarray({argument})"
     ) from cause
-
-
-def _load(library: str) -> Backend:
-    entry_point = _third_party(library)
-    if entry_point is not None:
-        return cast(Backend, entry_point.load())
-    return cast(Backend, importlib.import_module(module_of(library)))
-
-
-def _third_party(library: str) -> EntryPoint | None:
-    """Return the entry point of another package's backend; ours come first."""
-    if library in _BUILT_IN:
-        return None
-    import importlib.metadata  # takes as long as all the rest of the package
-
-    return next(iter(importlib.metadata.entry_points(group=ENTRY_POINTS, name=library)), None)

@@ -1,14 +1,14 @@
-"""What is kept between forward and backward: a packed mask, one bit an element.
+"""The packed mask that is kept between forward and backward: one bit per element.
 
 The format, the same on every device:
 
 - ``numpy.packbits(keep, bitorder="little")``: bit ``k`` is element ``k``, bit 1 means that the
   gradient takes the positive slope. Bit 0 means that it takes the negative slope, or is 0 at a
   ceiling. Padding bits are 0.
-- Elements count in the order of memory where x is dense: C-contiguous, or so after a permutation of
-  its axes. For every other x they count in C order.
-- A ceiling together with a non-zero negative slope has three branches: one byte an element, 0 at or
-  below the threshold, 1 above it, 2 at the ceiling.
+- Elements are numbered in memory order where x is dense: C-contiguous, maybe after a permutation of
+  its axes. For every other x they are numbered in C order.
+- A ceiling together with a non-zero negative slope has three branches: one byte per element, 0 at
+  or below the threshold, 1 above it, 2 at the ceiling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from relu_xp.activation import Rounded
+from relu_xp.parameters import CastParameters
 
 __all__ = ["Mask", "mask_nbytes", "memory_order", "pack", "unpack"]
 
@@ -28,24 +28,24 @@ Axes = tuple[int, ...]
 
 
 class Mask(NamedTuple):
-    """A packed mask, and the order in which it counts elements.
+    """A packed mask, and the order of the elements in it.
 
     Attributes
     ----------
     data : array of uint8, shape (n,)
-        The bytes, in the library and on the device of the array that they speak of.
+        The bytes, in the library and on the device of the array that was masked.
     axes : tuple of int or None
-        The array's axes from the slowest in memory to the fastest; None for C order.
+        That array's axes from the slowest in memory to the fastest; None for C order.
     """
 
     data: Any
     axes: Axes | None
 
 
-def mask_nbytes(numbers: Rounded, x: Any) -> int:
-    """Return the bytes of a mask for x. See `relu_xp.backends.Backend`."""
+def mask_nbytes(params: CastParameters, x: Any) -> int:
+    """Return the bytes of a mask for x."""
     size = int(x.size)
-    return -(-size // 8) if numbers.pieces == 2 else size
+    return -(-size // 8) if params.num_branches == 2 else size
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Axes | None:
@@ -61,8 +61,8 @@ def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
     Returns
     -------
     tuple of int or None
-        None for a C-contiguous array, and for one that is not dense in memory: both count in C
-        order.
+        None for a C-contiguous array, and for one that is not dense in memory: the elements of both
+        are numbered in C order.
     """
     # Axes of length 1 keep their position.
     long = [axis for axis, length in enumerate(shape) if length != 1]
@@ -74,38 +74,42 @@ def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
         if strides[axis] != expected:
             return None
         expected *= shape[axis]
-    places = iter(ordered)
-    return tuple(axis if length == 1 else next(places) for axis, length in enumerate(shape))
+    in_memory = iter(ordered)
+    return tuple(axis if length == 1 else next(in_memory) for axis, length in enumerate(shape))
 
 
-def pack(pieces: npt.NDArray[Any], axes: Axes | None, count: int) -> npt.NDArray[np.uint8]:
-    """Return a NumPy array of branches as the mask stores them.
+def pack(codes: npt.NDArray[Any], axes: Axes | None, num_branches: int) -> npt.NDArray[np.uint8]:
+    """Return branch codes as the mask stores them.
 
     Parameters
     ----------
-    pieces : ndarray of bool or uint8
-        Of the shape of the array that they speak of.
+    codes : ndarray of bool or uint8
+        Of the shape of the array that was masked.
     axes : tuple of int or None
-        The order in which elements count, as in `Mask`.
-    count : int
-        2 or 3 branches.
+        The order of the elements, as in `Mask`.
+    num_branches : int
+        2 or 3.
     """
-    ordered = pieces if axes is None else pieces.transpose(axes)
-    return np.packbits(ordered, None, "little") if count == 2 else ordered.reshape(-1)
+    ordered = codes if axes is None else codes.transpose(axes)
+    return np.packbits(ordered, None, "little") if num_branches == 2 else ordered.reshape(-1)
 
 
-def unpack(mask: Mask, shape: tuple[int, ...], count: int) -> npt.NDArray[np.uint8]:
-    """Return the branches of a NumPy mask, as 0, 1 or 2, for an array of a shape.
+def unpack(mask: Mask, shape: tuple[int, ...], num_branches: int) -> npt.NDArray[Any]:
+    """Return the branch codes of a NumPy mask: bool for two branches, else 0, 1 or 2 in uint8.
 
     Parameters
     ----------
     mask : Mask
     shape : tuple of int
-    count : int
-        2 or 3 branches.
+        Of the array that was masked.
+    num_branches : int
+        2 or 3.
     """
     size = math.prod(shape)
-    flat = np.unpackbits(mask.data, None, size, "little") if count == 2 else mask.data[:size]
+    if num_branches == 2:
+        flat = np.unpackbits(mask.data, None, size, "little").view(np.bool_)
+    else:
+        flat = mask.data[:size]
     if mask.axes is None:
         return flat.reshape(shape)
     ordered = flat.reshape([shape[axis] for axis in mask.axes])

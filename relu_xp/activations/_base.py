@@ -1,0 +1,288 @@
+"""What all activations share: the class of their layers, and the class of their gradients."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Protocol, TypeVar
+
+from relu_xp.backends.base import Backend
+from relu_xp.parameters import CastParameters, Parameters
+from relu_xp.validation import check_grad_output, check_mask, check_out, resolve
+
+__all__ = ["Layer", "Pullback", "forward", "forward_with_pullback"]
+
+ArrayT = TypeVar("ArrayT")
+GradientT = TypeVar("GradientT", covariant=True)
+
+
+class Rule(Protocol):
+    """The gradient of one activation; the parameters are cast to the dtype of `dy`."""
+
+    def __call__(
+        self, params: CastParameters, dy: Any, residuals: Any, out: Any, /, *memory: Any
+    ) -> Any: ...
+
+
+class Pullback(Generic[GradientT]):
+    """The gradient of one forward pass, as a function; it may be called any number of times.
+
+    Made by the functions whose name ends in ``_vjp``.
+    """
+
+    __slots__ = (
+        "_backend",
+        "_device",
+        "_mask",
+        "_parameters",
+        "_residuals",
+        "_rule",
+        "_shape",
+        "_x_shape",
+    )
+
+    def __init__(
+        self,
+        rule: Rule,
+        backend: Backend,
+        parameters: Parameters,
+        x: Any,
+        residuals: Any,
+        shape: tuple[int, ...] | None = None,
+        mask: Any = None,
+    ) -> None:
+        self._rule = rule
+        self._backend = backend
+        self._parameters = parameters
+        self._residuals = residuals
+        self._device = backend.device(x)
+        self._x_shape = x_shape = x.shape
+        self._shape = x_shape if shape is None else shape  # of y
+        self._mask = mask  # if it is the caller's
+
+    def __call__(self, dy: Any, /, *, out: Any = None) -> GradientT:
+        """Return the gradient with respect to the input.
+
+        Parameters
+        ----------
+        dy : array, shape of y
+            Gradient with respect to the output; any floating dtype, any layout, x's library and
+            device.
+        out : array, library, device and dtype of `dy`, shape of x, optional
+            Where to write the gradient with respect to x: `dy` itself, if y has the shape of x, or
+            an array that shares no memory with it, or with a ``mask`` of the caller's.
+
+        Returns
+        -------
+        array, shape of x, dtype of `dy`
+            For `prelu_vjp` two: with the gradient with respect to the weight.
+
+        Raises
+        ------
+        TypeError
+            If `dy` is not floating, or of another library.
+        ValueError
+            If `dy` has another shape or device, or `out` is not valid.
+        """
+        return self.backward("pullback", dy, out)
+
+    def backward(self, function: str, dy: Any, out: Any, memory: Any = None) -> GradientT:
+        """Return the gradient; an error names `function`.
+
+        `memory` is for PReLU: an array to write the weight's gradient to, if it is suitable.
+        """
+        grad_params = check_grad_output(
+            function, dy, self._parameters, self._device, self._shape, "forward saw"
+        )
+        if out is not None:
+            shape = None if self._shape == self._x_shape else self._x_shape
+            inputs = (dy,) if self._mask is None else (dy, self._mask)
+            check_out(function, out, dy, "dy", inputs, self._backend, shape)
+        gradient: GradientT
+        if memory is None:
+            gradient = self._rule(grad_params, dy, self._residuals, out)
+        else:
+            gradient = self._rule(grad_params, dy, self._residuals, out, memory)
+        return gradient
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes held for the gradient.
+
+        Raises
+        ------
+        ValueError
+            If Dask does not know the size of x before it is computed.
+        """
+        return self._backend.residuals_nbytes(self._residuals)
+
+
+def forward(
+    function: str, parameters: Parameters, x: ArrayT, out: ArrayT | None, floating: bool = False
+) -> ArrayT:
+    """Return ``f(x)`` of the ReLU family; an error names `function`.
+
+    Integers are refused if `floating`.
+    """
+    backend, params = resolve(function, "x", x, parameters, floating)
+    if out is not None:
+        check_out(function, out, x, "x", (x,), backend)
+    y: ArrayT = backend.forward(params, x, out)
+    return y
+
+
+def forward_with_pullback(
+    function: str, parameters: Parameters, x: ArrayT, out: ArrayT | None, mask: Any
+) -> tuple[ArrayT, Pullback[ArrayT]]:
+    """Return ``f(x)`` of the ReLU family and its pullback; an error names `function`."""
+    backend, params = resolve(function, "x", x, parameters, floating=True)
+    if out is not None:
+        check_out(function, out, x, "x", (x,), backend)
+    if mask is not None:
+        check_mask(function, mask, x, out, params, backend)
+    y, residuals = backend.forward_with_mask(params, x, out, mask)
+    return y, Pullback(backend.backward, backend, parameters, x, residuals, None, mask)
+
+
+class Layer:
+    """A forward pass, and the gradient of the latest one."""
+
+    _pullback: Pullback[Any] | None = None  # of the class, so that an unpickled layer has it too
+    _inplace = False
+    _keeps_shape = True  # whether y has the shape of x
+
+    @property
+    def params(self) -> list[Any]:
+        """The arrays that are learned."""
+        return []
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradient of each of them, from the latest `backward`."""
+        return []
+
+    @property
+    def inplace(self) -> bool:
+        """Whether `forward` overwrites x and `backward` overwrites dy."""
+        return self._inplace
+
+    @inplace.setter
+    def inplace(self, inplace: bool) -> None:
+        if not isinstance(inplace, bool):
+            raise TypeError(f"inplace must be True or False, got {type(inplace).__name__}")
+        if inplace and not self._keeps_shape:
+            raise ValueError(f"{type(self).__name__} cannot work in place: y is longer than x")
+        self._inplace = inplace
+
+    @property
+    def saved_nbytes(self) -> int:
+        """Bytes held between `forward` and `backward`; 0 if nothing is saved.
+
+        Raises
+        ------
+        ValueError
+            If Dask does not know the size of x before it is computed.
+        """
+        return 0 if self._pullback is None else self._pullback.saved_nbytes
+
+    # A subclass defines these two, or `forward` itself.
+
+    def _forward(self, x: Any, out: Any) -> Any:
+        """Return y, in evaluation."""
+        raise NotImplementedError
+
+    def _forward_with_pullback(self, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
+        """Return y, in training, and its pullback."""
+        raise NotImplementedError
+
+    def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
+        """Return y, and save what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, any shape
+            float16, bfloat16, float32 or float64.
+        training : bool, optional
+            False saves nothing, and keeps what an earlier call saved.
+        out : array, like the result, optional
+            Where to write the result. Not for a layer that works in place.
+
+        Returns
+        -------
+        array, dtype of `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As the layer's function. What an earlier call saved is then kept.
+        """
+        if self._inplace:
+            out = self._out_in_place("forward", x, out)
+        y: ArrayT
+        if training:
+            y, self._pullback = self._forward_with_pullback(x, out)
+        else:
+            y = self._forward(x, out)
+        return y
+
+    def __call__(self, x: ArrayT, /, **options: Any) -> ArrayT:
+        """Return ``self.forward(x, **options)``."""
+        y: ArrayT = self.forward(x, **options)
+        return y
+
+    def backward(self, dy: ArrayT, /, *, out: ArrayT | None = None, retain: bool = False) -> ArrayT:
+        """Return the gradient with respect to the input of the latest `forward`.
+
+        Parameters
+        ----------
+        dy : array, shape of that output
+            Gradient with respect to the output; any floating dtype, any layout.
+        out : array, shape of that input, dtype of `dy`, optional
+            Where to write the result. Not for a layer that works in place.
+        retain : bool, optional
+            Whether to keep what is saved for another call.
+
+        Returns
+        -------
+        array, shape of that input, dtype of `dy`
+
+        Raises
+        ------
+        RuntimeError
+            If there was no `forward`, or a `backward` since then has consumed what it saved.
+        TypeError, ValueError
+            If `dy` or `out` does not match the latest `forward`. What is saved is then kept.
+        """
+        pullback = self._pullback
+        if pullback is None:
+            raise RuntimeError(
+                "backward: nothing is saved; call forward(x) first (with training=True), once for "
+                "each backward. backward(dy, retain=True) keeps it for another call; "
+                "relu_xp.relu_vjp serves a layer that is used twice in one pass"
+            )
+        if self._inplace:
+            out = self._out_in_place("backward", dy, out)
+        dx: ArrayT = self._backward(pullback, dy, out)
+        if not retain:
+            self._pullback = None
+        return dx
+
+    def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
+        return pullback.backward("backward", dy, out)
+
+    @staticmethod
+    def _out_in_place(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
+        if out is not None and out is not array:
+            raise ValueError(
+                f"{function}: out was given, but a layer with inplace=True writes into its "
+                "argument; omit out=, or make the layer without inplace"
+            )
+        return array
+
+    def _repr(self, *arguments: str) -> str:
+        """Return what `repr` does for a layer that was made with some arguments."""
+        inplace = ["inplace=True"] * self._inplace
+        return f"{type(self).__name__}({', '.join([*arguments, *inplace])})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_pullback", None)  # an array on a device, and of one pass only
+        return state
