@@ -1,15 +1,9 @@
-"""For the tests of code that uses relu_xp: a pytest plugin, and a gradient check.
+"""For the tests of code that uses relu_xp: a pytest plugin, and `check_gradient`.
 
-``pytest_plugins = ["relu_xp.testing"]`` in a ``conftest.py`` gives
-
-- the fixture ``xp``: the array API namespace of one library after the other. A library that is not
-  installed, or has no device, is a skip with its reason;
-- ``--xp numpy,cupy``: only these, any library by its name. One that cannot be had is a failure;
-- ``--require-gpu``: CuPy that cannot be had is a failure.
-
-`relu_xp.testing.conformance` is the suite that a backend has to pass, to be run over any library.
-Nothing here but that suite needs pytest. (PYTEST_DONT_REWRITE: there is no assert to rewrite, and a
-conftest may import this module before pytest does.)
+``pytest_plugins = ["relu_xp.testing"]`` in a ``conftest.py`` adds two options and the fixture
+``xp``; see the README.md of this folder. `relu_xp.testing.conformance` is the suite that every
+backend has to pass. Nothing but that suite needs pytest. (PYTEST_DONT_REWRITE: there is no assert
+here, and a conftest may import this module before pytest does.)
 """
 
 from __future__ import annotations
@@ -33,8 +27,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--xp",
         metavar="NAMES",
         type=_names,
-        help="array libraries for the fixture xp, for example numpy,cupy; each must be there "
-        "(default: those that are installed)",
+        help="array libraries for the fixture xp, for example numpy,cupy; a missing one is a "
+        "failure (default: those that are installed)",
     )
     group.addoption(
         "--require-gpu", action="store_true", help="fail, instead of skip, without a CUDA device"
@@ -63,16 +57,18 @@ def pytest_configure(config: pytest.Config) -> None:
                 pytest.fail(reason, pytrace=False)
             pytest.skip(reason)
 
-    # A plugin made now, because pytest asks a fixture for its parameters before any test.
+    # A plugin made now: pytest reads the parameters of a fixture before it runs any test.
     config.pluginmanager.register(Fixtures(), "relu_xp.testing.xp")
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    """Say which module serves each library of ``--xp``."""
-    names: list[str] | None = config.getoption("--xp")
-    if names is None:
-        return None
-    return "relu_xp: " + ", ".join(f"{name} by {dispatch.module_of(name)}" for name in names)
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Return the class that serves each library of ``--xp``."""
+    names = [name for name in config.getoption("--xp") or () if dispatch.availability(name) is None]
+    classes = [dispatch.backend_class(name) for name in names]
+    return [
+        f"relu_xp: {name} by {kind.__module__}.{kind.__qualname__}"
+        for name, kind in zip(names, classes, strict=True)
+    ]
 
 
 def _names(text: str) -> list[str]:

@@ -1,7 +1,7 @@
-"""The truth table once more, on Python integers: slow, exact, and nothing of it from the package.
+"""The truth table on Python integers: slow, exact, and independent of the rest of the package.
 
 A number is a bit pattern; its value is an integer, in units of the format's smallest subnormal. NaN
-is None, infinity a number beyond every other. A product is an exact integer, rounded once.
+is None, infinity an integer beyond every finite value. A product is an exact integer, rounded once.
 """
 
 from __future__ import annotations
@@ -13,38 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "DTYPES",
-    "MEMBERS",
-    "Expected",
-    "Format",
-    "Member",
-    "backward",
-    "forward",
-    "gradient",
-    "gradients",
-    "is_nan",
-    "is_tiny",
-    "members",
-    "patterns",
-    "pieces",
-    "specials",
-]
-
 _Bits = npt.NDArray[Any]  # bit patterns, in the unsigned integers of the format's width
 
 DTYPES: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.float16)}
 try:
     import ml_dtypes
-except ModuleNotFoundError:  # then NumPy has no bfloat16, and nothing can be compared with it
+except ModuleNotFoundError:  # then NumPy has no bfloat16
     pass
 else:
     DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
 DTYPES |= {"float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
 
-# Every member, and numbers chosen to be awkward: each sign of each, knee and ceiling on either
-# side of zero, products that overflow and underflow, numbers that a 16-bit float rounds to 0 or 1.
-MEMBERS: dict[str, dict[str, float]] = {
+# The presets, and difficult parameters: either sign of each, threshold and ceiling on either side
+# of zero, products that overflow and underflow, values that a 16-bit float rounds to 0 or 1.
+PRESETS: dict[str, dict[str, float]] = {
     "relu": {},
     "leaky": {"negative_slope": 0.01},
     "steep": {"negative_slope": -3.5},
@@ -67,20 +49,16 @@ MEMBERS: dict[str, dict[str, float]] = {
     },
 }
 
-ANY_NAN = None  # where a product makes the NaN: it has no payload to keep
+ANY_NAN = None  # a NaN that a product makes, whose payload is not specified
 
 
 class Format:
     """A binary floating-point format.
 
-    Parameters
-    ----------
-    dtype : str
-        Its name, for example ``"bfloat16"``.
-
     Attributes
     ----------
     name : str
+        Of its dtype, for example ``"bfloat16"``.
     unsigned : numpy.dtype
         Of its bit patterns.
     width, fraction : int
@@ -91,12 +69,11 @@ class Format:
         The smallest subnormal is 2 to minus this.
     """
 
-    def __init__(self, dtype: str) -> None:
-        self.name = dtype
-        self.width = int(dtype[-2:])
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.width = int(name[-2:])
         self.unsigned = np.dtype(f"u{self.width // 8}")
-        precision = {"float16": 11, "bfloat16": 8, "float32": 24, "float64": 53}[dtype]
-        self.fraction = precision - 1
+        self.fraction = {"float16": 10, "bfloat16": 7, "float32": 23, "float64": 52}[name]
         bias = (1 << (self.width - 2 - self.fraction)) - 1
         self.unit_shift = bias + self.fraction - 1
         self.sign = 1 << (self.width - 1)
@@ -108,7 +85,7 @@ class Format:
         return DTYPES[self.name]
 
     def value(self, bits: int) -> int | None:
-        """Return a bit pattern's value in units of the smallest subnormal; None for NaN."""
+        """Return the value of a bit pattern in units of the smallest subnormal; None for NaN."""
         magnitude = bits & (self.sign - 1)
         if magnitude > self.infinity:
             return None
@@ -118,12 +95,12 @@ class Format:
         return -fraction if bits & self.sign else fraction
 
     def encode(self, sign: int, integer: int, shift: int) -> int:
-        """Round integer / 2**shift units to the format, to nearest, ties to even."""
+        """Return the bits of integer / 2**shift units, rounded to nearest, ties to even."""
         excess = max(integer.bit_length() - self.fraction - 1, shift)
         whole, rest = integer >> excess, integer & ((1 << excess) - 1)
         half = 1 << excess >> 1
         whole += excess > 0 and (rest > half or (rest == half and whole & 1 == 1))
-        # A carry past the fraction lands in the exponent, as it should.
+        # A carry out of the fraction adds one to the exponent, which is the right result.
         exponent = excess - shift
         bits = whole if whole < 1 << self.fraction else whole + (exponent << self.fraction)
         return sign | min(bits, self.infinity)
@@ -134,22 +111,19 @@ class Format:
         values = self.value(left), self.value(right)
         if values[0] is None or values[1] is None:
             return ANY_NAN
-        infinite = [pattern & (self.sign - 1) == self.infinity for pattern in (left, right)]
-        if any(infinite):
+        if self.infinity in (left & (self.sign - 1), right & (self.sign - 1)):
             return ANY_NAN if 0 in values else sign | self.infinity
-        # Units of the format are 2**-shift.
         return self.encode(sign, abs(values[0] * values[1]), self.unit_shift)
 
     def round(self, number: float) -> int:
         """Return the bits of a real number, rounded to nearest, ties to even."""
-        top, bottom = abs(number).as_integer_ratio()
+        numerator, denominator = abs(number).as_integer_ratio()  # a power of two
         sign = self.sign if number < 0 else 0
-        # The denominator is a power of two.
-        return self.encode(sign, top << self.unit_shift, bottom.bit_length() - 1)
+        return self.encode(sign, numerator << self.unit_shift, denominator.bit_length() - 1)
 
 
-class Member:
-    """A member's numbers in one format, as bits."""
+class Preset:
+    """The four parameters in one format, as bits, and both passes of one element."""
 
     def __init__(
         self,
@@ -163,70 +137,73 @@ class Member:
         self.threshold = form.value(form.round(threshold))
         self.negative_slope = form.round(negative_slope)
         self.positive_slope = form.round(positive_slope)
-        self.ceiling_bits = None if max_value is None else form.round(max_value)
-        self.ceiling = None if self.ceiling_bits is None else form.value(self.ceiling_bits)
-        self.flat = form.value(self.negative_slope) == 0
-        self.itself = self.positive_slope == form.round(1.0)
+        self.max_value = None if max_value is None else form.round(max_value)
+        self._ceiling = None if self.max_value is None else form.value(self.max_value)
+        self.zero_below = form.value(self.negative_slope) == 0
+        self.identity_above = self.positive_slope == form.round(1.0)
 
-    def low(self, bits: int) -> int | None:
+    def lower(self, bits: int) -> int | None:
         """Return a*x, or 0 for a = 0."""
-        return 0 if self.flat else self.form.product(self.negative_slope, bits)
+        return 0 if self.zero_below else self.form.product(self.negative_slope, bits)
 
-    def high(self, bits: int) -> int | None:
+    def upper(self, bits: int) -> int | None:
         """Return b*x, or x for b = 1."""
-        return bits if self.itself else self.form.product(self.positive_slope, bits)
+        return bits if self.identity_above else self.form.product(self.positive_slope, bits)
 
-    def piece(self, bits: int) -> int:
+    def branch(self, bits: int) -> int:
         """Return 0 where x <= t, 2 at the ceiling, else 1."""
-        value, threshold = self.form.value(bits), self.threshold
-        if value is not None and threshold is not None and value <= threshold:
+        value = self.form.value(bits)
+        if value is not None and self.threshold is not None and value <= self.threshold:
             return 0
-        if self.ceiling is not None and (high := self.high(bits)) is not ANY_NAN:
-            scaled = self.form.value(high)
-            if scaled is not None and scaled >= self.ceiling:
+        if self._ceiling is not None and (upper := self.upper(bits)) is not ANY_NAN:
+            scaled = self.form.value(upper)
+            if scaled is not None and scaled >= self._ceiling:
                 return 2
         return 1
 
     def forward(self, bits: int) -> int | None:
         """Return f(x)."""
-        return (self.low, self.high, lambda _: self.ceiling_bits)[self.piece(bits)](bits)
+        return (self.lower, self.upper, lambda _: self.max_value)[self.branch(bits)](bits)
 
-    def backward(self, piece: int, gradient: int) -> int | None:
-        """Return f'(x) * dy, given the piece that x lies in."""
-        return (self.low, self.high, lambda _: 0)[piece](gradient)
+    def backward(self, branch: int, dy: int) -> int | None:
+        """Return f'(x) * dy, given the branch of x."""
+        return (self.lower, self.upper, lambda _: 0)[branch](dy)
 
 
-def members(dtype: str) -> dict[str, Member]:
-    """Return every one of `MEMBERS` in a format."""
+def presets(dtype: str) -> dict[str, Preset]:
+    """Return every one of `PRESETS` in a format."""
     form = Format(dtype)
-    return {name: Member(form, **numbers) for name, numbers in MEMBERS.items()}
+    return {name: Preset(form, **parameters) for name, parameters in PRESETS.items()}
 
 
 @functools.cache
 def specials(dtype: str) -> _Bits:
-    """Return bit patterns where things go wrong.
+    """Return difficult bit patterns.
 
-    Both zeros, subnormals, limits, NaN of all kinds, and the neighbourhood of every knee and
+    Both zeros, subnormals, limits, NaN of all kinds, and the neighbours of every threshold and
     ceiling.
     """
     form = Format(dtype)
     found = {0, 1, 2, (1 << form.fraction) - 1, 1 << form.fraction, form.infinity - 1}
     found |= {form.infinity, form.infinity + 1, form.sign - 1}
     found |= {form.infinity | 1 << (form.fraction - 1), form.infinity | 5}
-    for numbers in MEMBERS.values():
-        b = numbers.get("positive_slope", 1.0)
-        for number in (numbers.get("threshold", 0.0), (numbers.get("max_value") or 1.0) / b, 1e30):
+    for parameters in PRESETS.values():
+        b = parameters.get("positive_slope", 1.0)
+        ceiling = parameters.get("max_value") or 1.0
+        for number in (parameters.get("threshold", 0.0), ceiling / b, 1e30):
             bits = form.round(number) & (form.sign - 1)
             found |= {bits, bits + 1, max(bits - 1, 0)}
-    patterns = sorted(found | {bits | form.sign for bits in found})
-    return np.array(patterns, form.unsigned)
+    return np.array(sorted(found | {bits | form.sign for bits in found}), form.unsigned)
 
 
 @functools.cache
-def patterns(dtype: str) -> _Bits:
-    """Return every bit pattern of a 16-bit format; of a wider one, the specials and 4,000 more."""
+def patterns(dtype: str, dy_dtype: str | None = None) -> _Bits:
+    """Return bit patterns for x: the specials and 4,000 more.
+
+    All of a 16-bit format, unless they are for a `dy_dtype` that differs.
+    """
     form = Format(dtype)
-    if form.width == 16:
+    if form.width == 16 and dy_dtype in (None, dtype):
         return np.arange(1 << 16, dtype=np.uint16)
     rng = np.random.default_rng(20)
     more = rng.integers(0, 1 << form.width, 3000, dtype=form.unsigned, endpoint=False)
@@ -236,41 +213,37 @@ def patterns(dtype: str) -> _Bits:
 
 @functools.cache
 def gradients(dtype: str, count: int) -> _Bits:
-    """Return bit patterns to go back with: as various, and against different x."""
+    """Return bit patterns for dy: as varied as those of x, in another order."""
     form = Format(dtype)
     rng = np.random.default_rng(21)
-    drawn = rng.integers(0, 1 << form.width, count, dtype=form.unsigned, endpoint=False)
-    drawn[::3] = rng.choice(specials(dtype), drawn[::3].size)
-    return drawn
+    found = rng.integers(0, 1 << form.width, count, dtype=form.unsigned, endpoint=False)
+    found[::3] = rng.choice(specials(dtype), found[::3].size)
+    return found
 
 
 def is_nan(form: Format, bits: _Bits) -> npt.NDArray[np.bool_]:
-    """Tell which bit patterns are NaN."""
+    """Return which bit patterns are NaN."""
     nan: npt.NDArray[np.bool_] = (bits & (form.sign - 1)) > form.infinity
     return nan
 
 
 def is_tiny(bits: _Bits) -> npt.NDArray[np.bool_]:
-    """Tell what may be flushed: subnormals, and the smallest normal, which may be a rounded one."""
-    fraction = {2: 7, 4: 23, 8: 52}[bits.itemsize]  # of 16 bits, the format with the most exponents
+    """Return what may be flushed: subnormals, and the smallest normal, which may be a rounded one.
+
+    Of 16-bit patterns as the format with more exponents, bfloat16, has them.
+    """
+    fraction = {2: 7, 4: 23, 8: 52}[bits.itemsize]
     magnitude = bits & ((1 << (8 * bits.itemsize - 1)) - 1)
     tiny: npt.NDArray[np.bool_] = (magnitude > 0) & (magnitude <= 1 << fraction)
     return tiny
 
 
 class Expected:
-    """What is to come out, bit for bit, and where any NaN will do.
-
-    Parameters
-    ----------
-    form : Format
-    bits : iterable of int or None
-        Bit patterns, and ANY_NAN.
-    """
+    """The expected bit patterns, with ANY_NAN where any NaN is right."""
 
     def __init__(self, form: Format, bits: Iterable[int | None]) -> None:
-        self.form = form
         found = list(bits)
+        self.form = form
         self.any_nan = np.array([b is ANY_NAN for b in found], bool)
         self.bits: _Bits = np.array(
             [form.sign - 1 if b is ANY_NAN else b for b in found], form.unsigned
@@ -283,20 +256,16 @@ class Expected:
         subnormals: bool = True,
         payloads: bool = True,
     ) -> None:
-        """Compare with a result, wherever the library's own operations can be right.
+        """Raise AssertionError unless a result is right, as far as the library can have it so.
 
         Parameters
         ----------
         got : ndarray
             The result, on the host.
         *inputs : ndarray of unsigned integers, shape of `got`
-            Bit patterns that it was made of, for the message.
+            Bit patterns of which it was computed.
         subnormals, payloads : bool, optional
             Whether the library keeps subnormals, and the payload of a NaN that it selects.
-
-        Raises
-        ------
-        AssertionError
         """
         form = self.form
         assert got.dtype == form.dtype, f"the result has dtype {got.dtype}, expected {form.dtype}"
@@ -315,30 +284,24 @@ class Expected:
 
 
 @functools.cache
-def forward(dtype: str, member: str) -> Expected:
+def forward(dtype: str, preset: str) -> Expected:
     """Return f(x) of `patterns`."""
-    return Expected(Format(dtype), map(members(dtype)[member].forward, patterns(dtype).tolist()))
+    return Expected(Format(dtype), map(presets(dtype)[preset].forward, patterns(dtype).tolist()))
 
 
 @functools.cache
-def pieces(dtype: str, member: str) -> npt.NDArray[np.int_]:
-    """Return the piece of each of `patterns`."""
-    return np.array(list(map(members(dtype)[member].piece, patterns(dtype).tolist())))
-
-
-@functools.cache
-def backward(dtype: str, gradient_dtype: str, member: str) -> Expected:
+def backward(dtype: str, dy_dtype: str, preset: str) -> Expected:
     """Return f'(x) * dy of `patterns` and as many `gradients`."""
-    chosen = pieces(dtype, member).tolist()
-    dy = gradients(gradient_dtype, len(chosen)).tolist()
-    back = members(gradient_dtype)[member].backward
-    return Expected(Format(gradient_dtype), map(back, chosen, dy))
+    x = patterns(dtype, dy_dtype)
+    branches = map(presets(dtype)[preset].branch, x.tolist())
+    dy = gradients(dy_dtype, x.size).tolist()
+    return Expected(Format(dy_dtype), map(presets(dy_dtype)[preset].backward, branches, dy))
 
 
 @functools.cache
-def gradient(dtype: str, member: str) -> Expected:
+def gradient(dtype: str, preset: str) -> Expected:
     """Return f'(x) of `patterns`."""
-    numbers = members(dtype)[member]
-    one = Format(dtype).round(1.0)
-    back = (numbers.backward(piece, one) for piece in pieces(dtype, member).tolist())
-    return Expected(Format(dtype), back)
+    form, its = Format(dtype), presets(dtype)[preset]
+    one = form.round(1.0)
+    factors = [its.backward(branch, one) for branch in range(3)]
+    return Expected(form, (factors[its.branch(bits)] for bits in patterns(dtype).tolist()))

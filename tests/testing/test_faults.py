@@ -1,0 +1,124 @@
+"""What the conformance suite finds: the faults of a backend, and the limits of a library."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from libraries import LIBRARIES
+
+from relu_xp import dispatch, validation
+from relu_xp.backends.base import Backend
+from relu_xp.testing import conformance, reference
+
+xp = pytest.importorskip("array_api_strict")
+BASE = Backend()
+
+
+def keep_input(self, params, x, out, mask):
+    return BASE.forward(params, x, out), (params, x)
+
+
+def from_input(self, grad_params, dy, residuals, out):
+    return BASE.backward_from_input(residuals[0], grad_params, dy, residuals[1], out)
+
+
+def mask_of_y(self, params, x, out, mask):
+    y = BASE.forward(params, x, out)
+    return y, BASE.branch_codes(params, x)
+
+
+def pass_at_threshold(self, params, x):
+    codes = BASE.branch_codes(params, x)
+    return codes if params.num_branches == 3 else codes | (x == params.threshold)
+
+
+def dtype_of_x(self, params, grad_params, dy, x, out):
+    return xp.astype(BASE.backward_from_input(params, grad_params, dy, x, out), x.dtype)
+
+
+def add_halves(self, dy, mask, axis, out):
+    return BASE.crelu_backward(dy, xp.where(mask == 2, 1, mask), axis, out)
+
+
+def forget_factor(self, dy, x, out):
+    return BASE.squared_relu_backward(dy, x, out) / 2
+
+
+def fault(test, **methods):
+    """Return the name of the test that fails, and the methods of a backend with the fault."""
+    return test, methods
+
+
+RELU, KEPT = "relu_obeys_the_table", "inputs_are_neither_written_nor_kept"
+FAULTS = {
+    "parameters": fault(RELU, forward=lambda self, p, x, out: xp.where(x <= 0, 0, x)),
+    "F2": fault(
+        RELU, forward=lambda self, p, x, out: xp.where(xp.isnan(x), 0, BASE.forward(p, x, out))
+    ),
+    "F3": fault(RELU, forward=lambda self, p, x, out: xp.where(x == 0, x, BASE.forward(p, x, out))),
+    "G1": fault(RELU, branch_codes=pass_at_threshold),
+    "G2": fault(
+        RELU, branch_codes=lambda self, p, x: xp.where(x == x, BASE.branch_codes(p, x), x == x)
+    ),
+    "G3": fault(RELU, backward=lambda self, *args: BASE.backward(*args) + 0 * args[1]),
+    "G4": fault(RELU, branch_codes=lambda self, p, x: ~(x <= p.threshold)),
+    "D2": fault(RELU, backward_from_input=dtype_of_x),
+    "A2": fault(KEPT, backward=lambda self, p, dy, codes, out: BASE.backward(p, dy, codes, dy)),
+    "A3": fault(KEPT, forward_with_mask=keep_input, backward=from_input),
+    "A3, squared ReLU": fault(KEPT, copy=lambda self, x: x),
+    "A4, out": fault("out_is_written_or_refused", store=lambda self, result, out: result),
+    "A4, mask": fault("out_is_written_or_refused", forward_with_mask=mask_of_y),
+    "A4, overlap": fault("an_invalid_out_is_refused", check_out=lambda self, out, inputs: None),
+    "valid out": fault("the_backend_describes_arrays", is_valid_out=lambda self, *arrays: True),
+    "rows": fault("rows_by_hand", branch_codes=pass_at_threshold),
+    "PReLU, weight": fault(
+        "prelu_weight_gradient_sums_what_is_not_above_0",
+        prelu_weight_grad=lambda self, dy, x, weight, out: xp.sum(x * dy, keepdims=True),
+    ),
+    "CReLU, sign": fault("crelu_obeys_the_table", crelu_backward=add_halves),
+    "squared ReLU": fault("squared_relu_obeys_the_table", squared_relu_backward=forget_factor),
+    "RReLU": fault(
+        "rrelu_obeys_the_table",
+        random_uniform=lambda self, rng, low, up, x: BASE.random_uniform(rng, low, up + 1, x),
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "methods"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+def test_a_wrong_backend_fails(monkeypatch, name, methods):
+    """In a test that is called here with all of its parameters, in float32."""
+    test = getattr(conformance, f"test_{name}")
+    marks = [mark.args for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    keys, values = zip(*marks, strict=True) if marks else ((), ())
+    library = conformance.library_of(dispatch.namespace("array_api_strict"))
+    fixtures = {"library": library, "dtype": "float32"}
+    fixtures = {key: fixtures[key] for key in fixtures if key in test.__annotations__}
+    monkeypatch.setattr(validation, "_RESOLVED", {})
+    backend = type("Faulty", (Backend,), methods)()
+    monkeypatch.setitem(dispatch.BACKENDS, type(xp.asarray(0.0)), backend)
+
+    def run():
+        for chosen in itertools.product(*values):
+            test(**fixtures, **dict(zip(keys, chosen, strict=True)))
+
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run()
+
+
+LIMITS = {  # the first floating dtypes, and whether subnormals and payloads are kept
+    "numpy": (tuple(reference.DTYPES), True),
+    "array_api_strict": (("float32", "float64"), True),
+    "torch": (("float16", "float32", "float64"), True),
+    "jax": (("float16", "bfloat16", "float32"), False),  # and float64 if it was configured
+}
+
+
+@pytest.mark.parametrize("name", [n for n in LIMITS if LIBRARIES[n].reason is None])
+def test_what_a_library_keeps_is_found_out(name):
+    """A limit that is found where there is none would hide an error."""
+    dtypes, exact = LIMITS[name]
+    library = conformance.Library(dispatch.namespace(name))
+    assert library.dtypes[: len(dtypes)] == dtypes
+    assert library.subnormals == library.payloads == exact
