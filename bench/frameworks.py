@@ -1,105 +1,72 @@
-"""PyTorch and JAX: relu_xp on their arrays beside their own operations, interleaved in one process.
+"""PyTorch and JAX: relu_xp on their arrays beside their own operations.
 
-``python -m bench.frameworks [--quick] [--json FILE]``. ``PAIRS`` has what is timed, `LIMIT` what is
-wanted of each ratio. A library that is not installed is reported as such. Theirs does not always
-compute the same: ``leaky_relu`` gives the negative slope at NaN, ``hardtanh`` no gradient there.
+Theirs does not always compute the same: ``leaky_relu`` gives the negative slope at NaN,
+``hardtanh`` no gradient there. README.md, beside this file, has more.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from operator import truediv
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 import relu_xp
-from bench import measure
-from bench.measure import Names, Row, module, progress, verdict
+from bench import report
+from bench.harness import Names, looped, module, normal, time_runs
+from bench.report import Row, compared, progress
 
-RESULTS = Path(__file__).with_name("results") / "frameworks.json"
-LIMIT = 1.3
+TARGET = "<=1.3"  # times what theirs takes
 SHAPES = ((64, 100), (2000, 2000))
-COLUMNS = ("operation", "shape", "dtype", "ours_us", "theirs_us", "ratio", "wanted", "reached")
-
-
-class Pair(NamedTuple):
-    """An operation as it is written with relu_xp and without."""
-
-    operation: str
-    ours: str
-    theirs: str
-    dtypes: tuple[str, ...] = ("float32",)
-
-
+COLUMNS = ("operation", "shape", "dtype", "us", "ratio", "wanted", "reached")
+PRESETS = ("relu", "leaky_relu", "relu6")
+LAYERS = ("ReLU", "LeakyReLU", "ReLU6")
 BOTH = ("float32", "bfloat16")
-_CLEAR = "leaf.grad = None; "
+ONE = BOTH[:1]
+Pair = tuple[str, str, str, Sequence[str]]  # operation, ours, theirs, dtypes
 
-PAIRS = {
+
+def _presets(ours: str, theirs: str, in_both: tuple[str, ...] = ()) -> tuple[Pair, ...]:
+    """Return a pair for each preset, of which {} is the name, and [] that of its layer."""
+    pairs = []
+    for preset, layer in zip(PRESETS, LAYERS, strict=True):
+        name = layer if "[]" in ours else preset
+        codes = [code.replace("{}", preset).replace("[]", layer) for code in (ours, theirs)]
+        codes[1] = codes[1].replace("F.relu(", "torch.relu(")  # which takes less time to call
+        pairs.append((name, codes[0], codes[1], BOTH if preset in in_both else ONE))
+    return tuple(pairs)
+
+
+_BACKWARD = "leaf.grad = None; F.{}(leaf).backward(dy)"
+_VJP = "ready((ReLU.forward(x), ReLU.backward(dy)))", "ready(back(jax.nn.relu, x, dy))"
+PAIRS: dict[str, tuple[Pair, ...]] = {
     "PyTorch, forward": (
-        Pair("relu", "relu_xp.relu(x)", "torch.relu(x)", BOTH),
-        Pair("relu beside threshold", "relu_xp.relu(x)", "torch.threshold(x, 0.0, 0.0)"),
-        Pair("leaky_relu", "relu_xp.leaky_relu(x)", "F.leaky_relu(x)", BOTH),
-        Pair("relu6", "relu_xp.relu6(x)", "F.relu6(x)"),
-        Pair("clipped_relu", "relu_xp.clipped_relu(x)", "F.hardtanh(x, 0.0, 20.0)"),
-        Pair("thresholded_relu", "relu_xp.thresholded_relu(x)", "F.threshold(x, 1.0, 0.0)"),
+        *_presets("relu_xp.{}(x)", "F.{}(x)", ("relu", "leaky_relu")),
+        ("relu beside threshold", "relu_xp.relu(x)", "torch.threshold(x, 0.0, 0.0)", ONE),
+        ("clipped_relu", "relu_xp.clipped_relu(x)", "F.hardtanh(x, 0.0, 20.0)", ONE),
+        ("thresholded_relu", "relu_xp.thresholded_relu(x)", "F.threshold(x, 1.0, 0.0)", ONE),
     ),
-    "PyTorch, autograd": tuple(
-        Pair(
-            name,
-            f"{_CLEAR}relu_xp.{name}(leaf).backward(dy)",
-            f"{_CLEAR}{theirs}(leaf).backward(dy)",
-            BOTH if name == "relu" else ("float32",),
-        )
-        for name, theirs in (
-            ("relu", "torch.relu"),
-            ("leaky_relu", "F.leaky_relu"),
-            ("relu6", "F.relu6"),
-        )
+    "PyTorch, autograd": _presets(_BACKWARD.replace("F.", "relu_xp."), _BACKWARD, ("relu",)),
+    "PyTorch, a layer beside autograd": _presets(
+        "[].forward(x); [].backward(dy)", _BACKWARD, ("relu",)
     ),
-    "PyTorch, a layer beside autograd": tuple(
-        Pair(
-            layer,
-            f"{layer}.forward(x); {layer}.backward(dy)",
-            f"{_CLEAR}{theirs}(leaf).backward(dy)",
-            BOTH if layer == "ReLU" else ("float32",),
-        )
-        for layer, theirs in (
-            ("ReLU", "torch.relu"),
-            ("LeakyReLU", "F.leaky_relu"),
-            ("ReLU6", "F.relu6"),
-        )
+    "JAX, an operation at a time": _presets(
+        "ready(relu_xp.{}(x))", "ready(jax.nn.{}(x))", ("relu",)
     ),
-    "JAX, an operation at a time": tuple(
-        Pair(name, f"ready(relu_xp.{name}(x))", f"ready(jax.nn.{name}(x))", dtypes)
-        for name, dtypes in (("relu", BOTH), ("leaky_relu", ("float32",)), ("relu6", ("float32",)))
-    ),
-    "JAX, jit": tuple(
-        Pair(name, f"ready(jit_{name}(x))", f"ready(jit_nn_{name}(x))")
-        for name in ("relu", "leaky_relu", "relu6")
-    ),
-    "JAX, jit of forward and gradient": tuple(
-        Pair(name, f"ready(vjp_{name}(x, dy))", f"ready(vjp_nn_{name}(x, dy))")
-        for name in ("relu", "leaky_relu", "relu6")
-    ),
-    "JAX, a layer beside jax.vjp": (
-        Pair(
-            "ReLU", "ready((ReLU.forward(x), ReLU.backward(dy)))", "ready(back(jax.nn.relu, x, dy))"
-        ),
-    ),
+    "JAX, jit": _presets("ready(jit_{}(x))", "ready(jit_nn_{}(x))"),
+    "JAX, jit of forward and gradient": _presets("ready(vjp_{}(x, dy))", "ready(vjp_nn_{}(x, dy))"),
+    "JAX, a layer beside jax.vjp": (("ReLU", *_VJP, ONE),),
 }
 
 
 def _names(library: str, x: Any, dy: Any, dtype: str) -> Names | None:
     """Return what the code of a library's pairs finds; None where it is not installed."""
-    names: Names = {"relu_xp": relu_xp}
-    names |= {name: getattr(relu_xp, name)() for name in ("ReLU", "LeakyReLU", "ReLU6")}
+    names: Names = {"relu_xp": relu_xp} | {name: getattr(relu_xp, name)() for name in LAYERS}
     if library == "PyTorch":
         if (torch := module("torch")) is None:
             return None
-        torch.set_num_threads(measure.cpus())
+        torch.set_num_threads(report.cpus())
         x, dy = (torch.from_numpy(array).to(getattr(torch, dtype)) for array in (x, dy))
         leaf = x.detach().clone().requires_grad_()
         return names | {"torch": torch, "F": torch.nn.functional, "x": x, "dy": dy, "leaf": leaf}
@@ -111,68 +78,39 @@ def _names(library: str, x: Any, dy: Any, dtype: str) -> Names | None:
         y, pullback = jax.vjp(function, x)
         return y, pullback(dy)[0]
 
-    for (of, prefix), name in itertools.product(
-        ((relu_xp, ""), (jax.nn, "nn_")), ("relu", "leaky_relu", "relu6")
-    ):
-        function = getattr(of, name)
+    for (package, prefix), name in itertools.product(((relu_xp, ""), (jax.nn, "nn_")), PRESETS):
+        function = getattr(package, name)
         names[f"jit_{prefix}{name}"] = jax.jit(lambda x, f=function: f(x))
         names[f"vjp_{prefix}{name}"] = jax.jit(lambda x, dy, f=function: back(f, x, dy))
     return names | {"jax": jax, "x": x, "dy": dy, "back": back, "ready": jax.block_until_ready}
 
 
-def _measured(seconds: float) -> list[Row]:
-    rows: list[Row] = []
+def measure(seconds: float) -> Iterator[Row]:
+    """Time every pair, shape and dtype."""
     for group, pairs in PAIRS.items():
         library = group.partition(",")[0]
-        for pair, shape in itertools.product(pairs, SHAPES):
-            for dtype in pair.dtypes:
-                row: Row = {"group": group, "operation": pair.operation, "dtype": dtype}
+        for (operation, ours, theirs, dtypes), shape in itertools.product(pairs, SHAPES):
+            for dtype in dtypes:
+                row: Row = {"group": group, "operation": operation, "dtype": dtype}
                 row["shape"] = "x".join(map(str, shape))
-                rows.append(row)
-                x, dy = (measure.normal(shape, np.float32, seed) for seed in (1, 2))
+                x, dy = (normal(shape, np.float32, seed) for seed in (1, 2))
                 names = _names(library, x, dy, dtype)
                 if names is None:
-                    row["note"] = f"{library} is not installed"
+                    yield row | {"note": f"{library} is not installed"}
                     continue
-                progress(f"{group}: {pair.operation}, {row['shape']} {dtype}")
-                codes = {"ours": pair.ours, "theirs": pair.theirs}
-                timed = measure.alternating(
-                    {name: measure.compiled(code, names) for name, code in codes.items()},
-                    seconds=seconds,
-                )
-                row |= {f"{name}_code": code for name, code in codes.items()}
-                row |= {f"{name}_us": 1e6 * timed.median(name) for name in codes}
-                spread = timed.spread(truediv, "ours", "theirs")
-                row |= spread.cells("ratio") | verdict(spread.median, at_most=LIMIT)
-    return rows
+                progress(f"{group}: {operation}, {row['shape']} {dtype}")
+                timings = time_runs({code: looped(code, names) for code in (ours, theirs)}, seconds)
+                yield row | compared(timings, ours, theirs, TARGET, name="ratio")
 
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.frameworks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="shorter; writes nothing without --json"
-    )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="where to; default: bench/results/frameworks.json",
-    )
-    options = parser.parse_args()
-
-    rows = _measured(0.4 if options.quick else 2.0)
-    measure.print_table(rows, COLUMNS)
-    conditions = measure.conditions("torch", "jax", "ml_dtypes")
-    result = {
-        "conditions": conditions | {"quick": options.quick},
-        "rows": measure.rounded(rows),
-    }
-    measure.save(options.json or (None if options.quick else RESULTS), result)
+    options = report.command_line("frameworks", __doc__).parse_args()
+    path, _ = report.opened(options)
+    rows = report.rounded(list(measure(0.4 if options.quick else 2.0)))
+    report.print_table(rows, COLUMNS)
+    conditions = report.conditions("torch", "jax", "ml_dtypes", quick=options.quick)
+    report.save(path, {"conditions": conditions, "rows": rows})
 
 
 if __name__ == "__main__":

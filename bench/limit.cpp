@@ -1,19 +1,16 @@
 // What the memory of a machine can do: the loops that bench/cpu.py compares the kernels with. They
-// do one thing each, on arrays that lie dense in memory, and leave out all that the kernels owe to
-// their callers: NaN, other dtypes, slopes, strides, odd sizes of a mask, small arrays.
+// do one thing each, on arrays that are dense in memory, and omit what the kernels must handle
+// beside it: NaN, other dtypes, slopes, strides, odd sizes of a mask, small arrays.
 //
-// bench/cpu.py compiles this file for x86-64-v4 and loads it by ctypes.
+// bench/baselines.py compiles this file for x86-64-v4, with OpenMP, and loads it by ctypes.
 
 #include <immintrin.h>
+#include <omp.h>
 #include <sched.h>
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
-#include <thread>
 
 namespace {
 
@@ -83,84 +80,42 @@ void run_chunk(const Element* in, Element* out, unsigned char* mask, std::size_t
   _mm_sfence();
 }
 
-struct Job {
-  Operation operation;
-  std::size_t itemsize;
-  const char* in;
-  char* out;
-  unsigned char* mask;
-  std::size_t n;
-};
-
-template <typename Format>
-void run_chunk(const Job& job, std::size_t start) {
-  using Element = typename Format::Element;
-  constexpr void (*chunks[])(const Element*, Element*, unsigned char*, std::size_t) = {
-      run_chunk<Format, kForward>, run_chunk<Format, kForwardWithMask>,
-      run_chunk<Format, kBackward>};
-  chunks[job.operation](reinterpret_cast<const Element*>(job.in) + start,
-                        reinterpret_cast<Element*>(job.out) + start, job.mask + start / 8,
-                        std::min(kChunk, job.n - start));
-}
-
-// The threads wait for a job, which they share by chunks with the thread that brings it.
-struct Pool {
-  std::mutex mutex;
-  std::condition_variable started;
-  unsigned jobs = 0;
-  Job job{};
-  std::atomic<std::size_t> next{0};
-  std::atomic<int> busy{0};
-
-  void work() {
-    for (std::size_t start; (start = next.fetch_add(kChunk)) < job.n;) {
-      job.itemsize == sizeof(float) ? run_chunk<Float32>(job, start)
-                                    : run_chunk<Float16>(job, start);
-    }
-  }
-  void wait_and_work() {
-    for (unsigned done = 0;; ++done) {
-      std::unique_lock<std::mutex> lock(mutex);
-      started.wait(lock, [&] { return jobs != done; });
-      lock.unlock();
-      work();
-      --busy;
-    }
-  }
-};
-
-Pool* const pool = new Pool;  // never destroyed: its threads wait until the process ends
-std::thread* workers = nullptr;
-int count = 0;
-
-}  // namespace
-
-extern "C" void start(int threads) {
-  count = threads - 1;
-  workers = new std::thread[count];
-  for (int k = 0; k < count; ++k) workers[k] = std::thread(&Pool::wait_and_work, pool);
-}
-
-extern "C" void run(int operation, std::size_t itemsize, const char* in, char* out,
-                    unsigned char* mask, std::size_t n) {
-  // Each worker to a CPU of its own, that no two threads share one while another is idle.
-  cpu_set_t cpus;
-  sched_getaffinity(0, sizeof cpus, &cpus);
-  for (int k = 0, cpu = 0, caller = sched_getcpu(); k < count && cpu < CPU_SETSIZE; ++cpu) {
-    if (cpu == caller || !CPU_ISSET(cpu, &cpus)) continue;
+// Moves this thread, the k-th, to the k-th CPU other than the caller's: two threads must not share
+// one while another is idle.
+void pin(int k, int caller, const cpu_set_t& cpus) {
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (cpu == caller || !CPU_ISSET(cpu, &cpus) || --k) continue;
     cpu_set_t one;
     CPU_ZERO(&one);
     CPU_SET(cpu, &one);
-    pthread_setaffinity_np(workers[k++].native_handle(), sizeof one, &one);
+    sched_setaffinity(0, sizeof one, &one);
   }
+}
+
+template <typename Format, typename Element = typename Format::Element>
+void run_all(int operation, const void* in, void* out, unsigned char* mask, std::size_t n,
+             int threads) {
+  constexpr void (*chunks[])(const Element*, Element*, unsigned char*, std::size_t) = {
+      run_chunk<Format, kForward>, run_chunk<Format, kForwardWithMask>,
+      run_chunk<Format, kBackward>};
+  cpu_set_t cpus;
+  sched_getaffinity(0, sizeof cpus, &cpus);
+  const int caller = sched_getcpu();
+#pragma omp parallel num_threads(threads)
   {
-    const std::lock_guard<std::mutex> lock(pool->mutex);
-    pool->job = {static_cast<Operation>(operation), itemsize, in, out, mask, n};
-    pool->next = 0;
-    pool->busy = count;
-    ++pool->jobs;
+    if (omp_get_thread_num()) pin(omp_get_thread_num(), caller, cpus);
+#pragma omp for schedule(dynamic)
+    for (std::size_t start = 0; start < n; start += kChunk) {
+      chunks[operation](static_cast<const Element*>(in) + start, static_cast<Element*>(out) + start,
+                        mask + start / 8, std::min(kChunk, n - start));
+    }
   }
-  pool->started.notify_all();
-  pool->work();
-  while (pool->busy) _mm_pause();
+}
+
+}  // namespace
+
+extern "C" void run(int operation, std::size_t itemsize, const void* in, void* out,
+                    unsigned char* mask, std::size_t n, int threads) {
+  const auto all = itemsize == sizeof(float) ? run_all<Float32> : run_all<Float16>;
+  all(operation, in, out, mask, n, threads);
 }
