@@ -1,0 +1,48 @@
+"""The version is written in one place, and what the project says of itself is true."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import relu_xp
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
+
+
+def test_the_version_is_written_in_one_place(python):
+    version = relu_xp.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+((a|b|rc|\.dev)\d+)?", version)
+    assert PROJECT["dynamic"] == ["version"]
+    assert importlib.metadata.version("relu-xp") == version
+    script = "import relu_xp.__main__\nrelu_xp.__main__.main(['--version'])"
+    assert python(script) == f"relu-xp {version}\n"
+    files = [
+        file for folder in ("relu_xp", "tests", "bench") for file in (ROOT / folder).rglob("*")
+    ]
+    sources = [file for file in files if file.suffix in (".py", ".toml", ".h", ".cpp", ".cuh")]
+    containing = [file for file in sources if f'"{version}"' in file.read_text()]
+    assert containing == [ROOT / "relu_xp/__init__.py"]
+
+
+def test_the_newest_release_of_the_changelog_is_this_version():
+    heads = re.findall(r"^## \[(.+?)\](?: - (.+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    releases = [head for head in heads if head != ("Unreleased", "")]
+    assert heads
+    assert heads[: len(heads) - len(releases)] in ([], [("Unreleased", "")])
+    assert [name for name, _ in releases[:1]] in ([], [relu_xp.__version__])
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in releases)
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    claimed = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if ":: 3." in c]
+    assert claimed[0] == oldest
+    assert sys.version_info >= tuple(map(int, oldest.split(".")))
+    assert SETTINGS["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert f"Python {oldest} or later" in (ROOT / "README.md").read_text()
