@@ -1,7 +1,7 @@
-"""The bits of every function on NumPy arrays, as SHA-256: what has to be the same everywhere.
+"""SHA-256 of the bits of every function on NumPy arrays, which must be the same everywhere.
 
-``python bits.py`` prints a digest a line, of an installed relu_xp with nothing but NumPy (and
-bfloat16, where ml_dtypes is there). ``python bits.py FILE...`` compares what several runs printed.
+``python bits.py`` prints a digest a line; relu_xp needs nothing but NumPy for it (and ml_dtypes for
+bfloat16). ``python bits.py FILE...`` compares what several runs printed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import relu_xp
 from relu_xp import dispatch, kernels
 from relu_xp.mask import memory_order
-from relu_xp.testing.oracle import DTYPES, MEMBERS, Format, specials
+from relu_xp.testing.reference import DTYPES, PRESETS, Format, specials
 
 LARGE = ("relu", "leaky", "everything")  # masks of none, one and two products
 INTEGERS = tuple(np.dtype(code) for code in "bhiqBHIQ")
@@ -27,7 +27,7 @@ STREAMED = (1 << 25) + 4 * 1021 * 8  # bytes: kernels store past the caches, and
 
 
 def scrambled(count, seed):
-    """Return numbers of 64 bits that no library's generator has a say in (splitmix64)."""
+    """Return random numbers of 64 bits, independent of any library's generator (splitmix64)."""
     z = np.arange(1 + seed * count, 1 + (seed + 1) * count, dtype=np.uint64)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z ^= z >> np.uint64(30)
@@ -38,7 +38,7 @@ def scrambled(count, seed):
 
 
 def ordinary(dtype, count, seed):
-    """Return numbers of either sign from 1/8 to 32, whose products and sums are finite."""
+    """Return numbers of either sign from 1/8 to 32: their products and sums are finite."""
     form = Format(dtype)
     words = scrambled(count, seed).astype(form.unsigned)
     step = 1 << form.fraction
@@ -48,7 +48,7 @@ def ordinary(dtype, count, seed):
     ).view(form.dtype)
 
 
-def drawn(dtype, count, seed):
+def mixed(dtype, count, seed):
     """Return numbers of all kinds: of each four, two of any bits, one ordinary, one special."""
     form = Format(dtype)
     words = scrambled(count, seed).astype(form.unsigned)
@@ -58,32 +58,32 @@ def drawn(dtype, count, seed):
 
 
 def every(dtype):
-    """Return every number of 16 bits; of more, a hundred thousand."""
+    """Return every number of 16 bits; of more bits, a hundred thousand."""
     form = Format(dtype)
     if form.width == 16:
         return np.arange(1 << 16, dtype=np.uint16).view(form.dtype)
-    return np.concatenate([specials(dtype).view(form.dtype), drawn(dtype, 100_003, 0)])
+    return np.concatenate([specials(dtype).view(form.dtype), mixed(dtype, 100_003, 0)])
 
 
 def cube(dtype, shape, seed):
     """Return numbers in three axes: `every`, or those of a shape."""
     if shape is not None:
-        return drawn(dtype, np.prod(shape), seed).reshape(shape)
+        return mixed(dtype, np.prod(shape), seed).reshape(shape)
     x = every(dtype)
     return np.resize(x, -(-x.size // 60) * 60).reshape(-1, 6, 10)
 
 
-def vjp(x, dy, numbers):
-    three = "max_value" in numbers and "negative_slope" in numbers
-    mask = np.zeros(x.size if three else -(-x.size // 8), np.uint8)
-    y, pullback = relu_xp.relu_vjp(x, mask=mask, **numbers)
+def vjp(x, dy, params):
+    has_three = "max_value" in params and "negative_slope" in params
+    mask = np.zeros(x.size if has_three else -(-x.size // 8), np.uint8)
+    y, pullback = relu_xp.relu_vjp(x, mask=mask, **params)
     yield y
     yield in_c_order(mask, x) if not x.flags.forc else mask
     yield pullback(dy)
 
 
 def in_c_order(mask, x):
-    """Return the mask of an array, which counts elements in the order of memory, in C order."""
+    """Return a mask in C order, which has the elements of x in the order of memory."""
     axes = memory_order(x.shape, x.strides, x.itemsize)
     if axes is None:
         return mask
@@ -93,30 +93,30 @@ def in_c_order(mask, x):
 
 
 def forwards(dtype):
-    for numbers in MEMBERS.values():
-        yield relu_xp.relu(every(dtype), **numbers)
+    for params in PRESETS.values():
+        yield relu_xp.relu(every(dtype), **params)
 
 
 def gradients(dtype):
-    for numbers in MEMBERS.values():
-        yield relu_xp.relu_grad(every(dtype), **numbers)
+    for params in PRESETS.values():
+        yield relu_xp.relu_grad(every(dtype), **params)
 
 
 def vjps(dtype, dy_dtype):
     x = every(dtype)
-    for numbers in MEMBERS.values():
-        yield from vjp(x, drawn(dy_dtype, x.size, 1), numbers)
+    for params in PRESETS.values():
+        yield from vjp(x, mixed(dy_dtype, x.size, 1), params)
 
 
 def backwards(dtype, dy_dtype):
     x = every(dtype)
-    for numbers in MEMBERS.values():
-        yield relu_xp.relu_backward(drawn(dy_dtype, x.size, 2), x, **numbers)
+    for params in PRESETS.values():
+        yield relu_xp.relu_backward(mixed(dy_dtype, x.size, 2), x, **params)
 
 
 def prelus(dtype, dy_dtype, shape=None):
     x = cube(dtype, shape, 3)
-    dy = drawn(dy_dtype, x.size, 4).reshape(x.shape)
+    dy = mixed(dy_dtype, x.size, 4).reshape(x.shape)
     weight = np.linspace(-1.0, 1.0, x.shape[1]).astype(DTYPES[dtype])
     odd = weight.copy()
     odd[:5] = np.nan, np.inf, 0.0, -0.0, 1.0
@@ -127,7 +127,7 @@ def prelus(dtype, dy_dtype, shape=None):
 
 
 def sums(dtype, dy_dtype):
-    """The gradient of slopes where it is rounded, and neither NaN nor infinite."""
+    """The gradient of a weight where it is rounded, and neither NaN nor infinite."""
     for shape in ((5, 3, 113, 59), (513, 130), (100_003,)):
         count = np.prod(shape)
         x = ordinary(dtype, count, 16).reshape(shape)
@@ -146,7 +146,7 @@ def rrelus(dtype, dy_dtype, shape=None):
     x = cube(dtype, shape, 5)
     y, pullback = relu_xp.rrelu_vjp(x, -0.5, 0.75, rng=np.random.Generator(np.random.PCG64(7)))
     yield y
-    yield pullback(drawn(dy_dtype, x.size, 6).reshape(x.shape))
+    yield pullback(mixed(dy_dtype, x.size, 6).reshape(x.shape))
     yield relu_xp.rrelu(x, -0.5, 0.75)
 
 
@@ -155,14 +155,14 @@ def crelus(dtype, dy_dtype, shape=None):
     for axis in range(x.ndim):
         y, pullback = relu_xp.crelu_vjp(x, axis=axis)
         yield y
-        yield pullback(drawn(dy_dtype, y.size, 8).reshape(y.shape))
+        yield pullback(mixed(dy_dtype, y.size, 8).reshape(y.shape))
 
 
 def squares(dtype, dy_dtype, shape=None):
     x = cube(dtype, shape, 9)
     y, pullback = relu_xp.squared_relu_vjp(x)
     yield y
-    yield pullback(drawn(dy_dtype, x.size, 10).reshape(x.shape))
+    yield pullback(mixed(dy_dtype, x.size, 10).reshape(x.shape))
 
 
 VARIANTS = {"prelu": prelus, "rrelu": rrelus, "crelu": crelus, "squared_relu": squares}
@@ -170,7 +170,7 @@ VARIANTS = {"prelu": prelus, "rrelu": rrelus, "crelu": crelus, "squared_relu": s
 
 def layouts(dtype):
     def views(seed):
-        block = drawn(dtype, 12 * 14 * 18, seed).reshape(12, 14, 18)
+        block = mixed(dtype, 12 * 14 * 18, seed).reshape(12, 14, 18)
         yield from (block, np.asfortranarray(block), block.transpose(1, 2, 0), block[::-1, :, ::-1])
         yield from (block[1::2, ::3, 5:], block[3, 4, 5:6].reshape(()), block[:0], block[:, 0, :])
         yield np.broadcast_to(block[:1, :, :1], block.shape)
@@ -178,25 +178,25 @@ def layouts(dtype):
         raw[1:] = block.reshape(-1).view(np.uint8)
         yield raw[1:].view(block.dtype)
 
-    for numbers in MEMBERS.values():
+    for params in PRESETS.values():
         for x, dy in zip(views(11), views(12), strict=True):
-            yield from vjp(x, dy, numbers)
-            yield relu_xp.relu_backward(dy.copy("C"), x, **numbers)
-            yield relu_xp.relu_grad(x, **numbers)
-            yield relu_xp.relu(x, **numbers)
+            yield from vjp(x, dy, params)
+            yield relu_xp.relu_backward(dy.copy("C"), x, **params)
+            yield relu_xp.relu_grad(x, **params)
+            yield relu_xp.relu(x, **params)
 
 
 def large(dtype, nbytes=STREAMED):
-    """What several threads share, into new memory and in place."""
+    """Arrays that several threads share, into new memory and in place."""
     count = nbytes // DTYPES[dtype].itemsize
-    x, dy = (np.resize(drawn(dtype, 1 << 18, seed)[5:], count) for seed in (13, 14))
+    x, dy = (np.resize(mixed(dtype, 1 << 18, seed)[5:], count) for seed in (13, 14))
     for name in LARGE:
-        numbers = MEMBERS[name]
-        yield from vjp(x, dy, numbers)
-        yield relu_xp.relu(x, **numbers)
-        yield relu_xp.relu_backward(dy, x, **numbers)
+        params = PRESETS[name]
+        yield from vjp(x, dy, params)
+        yield relu_xp.relu(x, **params)
+        yield relu_xp.relu_backward(dy, x, **params)
         mine = x.copy()
-        yield relu_xp.relu(mine, out=mine, **numbers)
+        yield relu_xp.relu(mine, out=mine, **params)
 
 
 def large_variants(dtype, shape=(1030, 17, 61)):
@@ -216,7 +216,7 @@ def integers():
 
 
 def groups() -> dict[str, tuple]:
-    """Return what there is to compute by the name of its line: a function and its arguments."""
+    """Return a function and its arguments for the name of each line."""
     found: dict[str, tuple] = {"integers": (integers,)}
     for dtype in DTYPES:
         found[f"{dtype} forward"] = (forwards, dtype)
@@ -235,7 +235,7 @@ def groups() -> dict[str, tuple]:
 
 
 def digest(arrays: Iterator[np.ndarray]) -> str:
-    """Return the SHA-256 of arrays: their dtypes, shapes and elements, NaN as they are."""
+    """Return the SHA-256 of arrays: of their dtypes, shapes and elements, NaN included."""
     found = hashlib.sha256()
     for array in arrays:
         assert type(array) is np.ndarray
@@ -263,8 +263,8 @@ def compare(files: list[Path]) -> list[str]:
 
 
 def main() -> None:
-    served = dispatch.module_of("numpy")
-    assert (served == dispatch.COMPILED) == (os.environ.get(kernels.NATIVE) != "0"), kernels.reason
+    compiled = dispatch.backend_class("numpy").__name__ == "CompiledBackend"
+    assert compiled == (os.environ.get(kernels.NATIVE) != "0"), kernels.reason
     instruction_set = kernels.cpu.instruction_set if kernels.cpu else "NumPy"
     asked = os.environ.get(kernels.NUM_THREADS) if kernels.cpu else None
     count = relu_xp.get_num_threads()

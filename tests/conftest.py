@@ -1,9 +1,16 @@
-"""Fixtures and options: libraries as parameters, and skips that cannot hide."""
+"""Fixtures and options: libraries as parameters, and skips that cannot stay unnoticed.
+
+A test that takes ``xp`` runs over every library of libraries.py that is there. One that is absent
+is a single skip, in test_libraries.py. A file about one library begins with
+``pytest.importorskip``, a single test calls ``require``: with ``--no-skip`` all of these fail.
+Tests marked ``slow`` or ``exhaustive`` run only where ``-m`` asks for them (pyproject.toml).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import itertools
 import os
 import re
@@ -15,9 +22,9 @@ import textwrap
 
 import pytest
 import support
-from libraries import LIBRARIES, parameter
+from libraries import LIBRARIES, parameter, unavailable
 
-pytest_plugins = ["relu_xp.testing"]  # --require-gpu; `xp` below takes the place of its own
+pytest_plugins = ["relu_xp.testing"]  # --xp, --require-gpu; `xp` below replaces its fixture
 
 
 def pytest_addoption(parser):
@@ -34,72 +41,27 @@ def pytest_addoption(parser):
         metavar="SECONDS",
         help="how long sixteen threads call everything at once",
     )
-    group.addoption(
-        "--ran", metavar="FILE", help="write what ran over which library (tests/support.py)"
-    )
-
-
-def pytest_configure(config):
-    if config.getoption("--ran"):
-        config.pluginmanager.register(support.Ran(config.getoption("--ran")))
-
-
-def pytest_collection_modifyitems(config, items):
-    for item in items:
-        item.user_properties += support.properties_of(item)
-        if (
-            "float16" in item.name
-        ):  # where the oracle goes through every pattern, four times as long
-            item.add_marker("no_cover")
-    if "exhaustive" not in config.option.markexpr:
-        long = [item for item in items if item.get_closest_marker("exhaustive")]
-        items[:] = [item for item in items if item not in long]
-        config.hook.pytest_deselected(items=long)
-
-
-def unavailable(config, reason, gpu=False):
-    """Skip a test for a visible reason, or fail it where the options ask for that."""
-    if config.getoption("--require-gpu" if gpu else "--no-skip"):
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
-@pytest.fixture(scope="session")
-def require(request):
-    """Return a function that imports a module, or skips (or fails) the test."""
-    import importlib
-
-    def load(module):
-        try:
-            return importlib.import_module(module)
-        except ImportError as error:
-            return unavailable(request.config, f"{module} is not installed: {error}")
-
-    return load
-
-
-@pytest.fixture
-def native(request):
-    """The compiled kernels: a test that takes this needs them."""
-    if reason := LIBRARIES["native"].load():
-        unavailable(request.config, reason)
-    from relu_xp.kernels import cpu
-
-    return cpu
 
 
 def pytest_generate_tests(metafunc):
-    """Run a test that takes ``xp`` over every library, and over each floating dtype it has if the
-    test takes ``dtype``; with ``pytest.mark.libraries("strided")`` only over those that are so."""
+    """Run a test that takes ``xp`` over every library that is there, or over those of ``--xp``.
+
+    If the test takes ``dtype`` too, over each floating dtype of each. With the marker
+    ``libraries("strided")`` only over those with this attribute, with ``libraries(names=[...])``
+    only over those.
+    """
     if "xp" not in metafunc.fixturenames:
         return
     marker = metafunc.definition.get_closest_marker("libraries")
-    wanted = marker.args if marker else ()
-    names = metafunc.config.getoption("--xp") or LIBRARIES
-    if unknown := set(names) - set(LIBRARIES):
+    attributes = marker.args if marker else ()
+    names = marker.kwargs.get("names", LIBRARIES) if marker else LIBRARIES
+    asked = metafunc.config.getoption("--xp")
+    if unknown := set(asked or ()) - set(LIBRARIES):
         raise pytest.UsageError(f"--xp: {unknown} not among {', '.join(LIBRARIES)}")
-    chosen = [LIBRARIES[name] for name in names]
-    chosen = [one for one in chosen if all(getattr(one, kind) for kind in wanted)]
+    gpu = metafunc.config.getoption("--require-gpu")
+    chosen = [LIBRARIES[name] for name in asked or LIBRARIES if name in names]
+    chosen = [one for one in chosen if all(getattr(one, name) for name in attributes)]
+    chosen = [one for one in chosen if asked or one.reason is None or (gpu and one.gpu)]
     if "dtype" in metafunc.fixturenames:
         pairs = [parameter(one, dtype) for one in chosen for dtype in one.dtypes]
         metafunc.parametrize(("xp", "dtype"), pairs, indirect=["xp"])
@@ -107,36 +69,68 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("xp", [parameter(one) for one in chosen], indirect=True)
 
 
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.user_properties += support.properties_of(item)
+        if "float16" in item.name:  # the reference goes through every pattern: 4 times slower
+            item.add_marker("no_cover")
+    no_gpu = LIBRARIES["cupy"].reason and not config.getoption("--require-gpu")
+    without = {
+        item
+        for item in items
+        if is_over_nothing(item) or (no_gpu and item.get_closest_marker("gpu"))
+    }
+    items[:] = [item for item in items if item not in without]
+    config.hook.pytest_deselected(items=without)
+
+
+def is_over_nothing(item):
+    """Return whether no library is left for a test: pytest keeps it, as a skip."""
+    return any(
+        "empty parameter set" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skip")
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """Make a failure of a file that is skipped, under ``--no-skip``."""
+    report = yield
+    if report.skipped and collector.config.getoption("--no-skip"):
+        report.outcome, report.longrepr = "failed", report.longrepr[2]
+    return report
+
+
+@pytest.fixture(scope="session")
+def require(request):
+    """Return a function that imports a module, or skips (or fails) the test."""
+
+    def load(module):
+        try:
+            return importlib.import_module(module)
+        except ImportError:
+            return unavailable(request.config, f"{module.partition('.')[0]} is not installed")
+
+    return load
+
+
+@pytest.fixture
+def native(request):
+    """The compiled kernels: a test that takes this needs them."""
+    if reason := LIBRARIES["compiled"].reason:
+        unavailable(request.config, reason)
+    from relu_xp.kernels import cpu
+
+    return cpu
+
+
 @pytest.fixture
 def xp(request):
     """A library, as libraries.py wraps it."""
     library = request.param
-    reason = library.load()
-    if reason:
-        unavailable(request.config, reason, gpu=library.gpu)
+    if reason := library.load():  # it was asked for by name
+        pytest.fail(reason, pytrace=False)
     with library.running():
         yield library
-
-
-@pytest.fixture
-def refused(capsys):
-    """Return a function that runs a bad request and returns the one line about it."""
-
-    from relu_xp.__main__ import main
-
-    def check(*arguments, program="relu-xp train"):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        out, err = capsys.readouterr()
-        assert stopped.value.code == 2
-        assert out == ""
-        assert err.endswith("\n")
-        assert len(err.splitlines()) == 1
-        start = f"{program}: error: "
-        assert err.startswith(start)
-        return err.removeprefix(start).rstrip("\n")
-
-    return check
 
 
 @pytest.fixture
@@ -147,7 +141,7 @@ def library(xp):
 
 @pytest.fixture(scope="session")
 def flush_to_zero(request, tmp_path_factory):
-    """A context manager in which this thread's processor takes subnormals for zero."""
+    """Return a context manager in which this thread's processor flushes subnormals to zero."""
     if shutil.which("g++") is None:
         unavailable(request.config, "g++ is not installed")
     folder = tmp_path_factory.mktemp("mxcsr")
@@ -176,9 +170,8 @@ def flush_to_zero(request, tmp_path_factory):
 def python(tmp_path):
     """Return a function that runs a script in a fresh interpreter, where a warning is an error.
 
-    It returns what the script printed, once the script has ended with the status expected, in time,
-    and with nothing on stderr, or what is expected there. A crash is a negative status. A variable
-    of None is one that the environment has not.
+    That returns what the script printed, and asserts the status, an end in time and what is on
+    stderr: nothing by default. A crash is a negative status. A variable of None is not set.
     """
     numbers = itertools.count()
 

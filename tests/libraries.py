@@ -1,10 +1,12 @@
-"""The libraries that the conformance suite runs over, each behind the same few functions."""
+"""The libraries that the tests run over, each behind the same few functions."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
+import importlib.util
 import shutil
 import warnings
 from unittest import mock
@@ -16,78 +18,110 @@ FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
 class Library:
-    """NumPy without compiled kernels, and what the others are told by.
+    """A library of arrays, and how the tests use it.
 
     Attributes
     ----------
+    name : str
+    requires : tuple of str
+        The modules that must be installed; `module` is the first of them.
     dtypes : tuple of str
-        The floating dtypes that the library has.
-    subnormals : bool
-        Whether its own operations keep them (rule F4: the generic backend can do no better).
-    payloads : bool
-        Whether its own select keeps the payload of a NaN (rule F2, likewise).
+        Its floating dtypes.
+    subnormals, payloads : bool
+        Whether its own operations keep subnormals (rule F4: `Backend` can do no better), and its
+        ``where`` the payload of a NaN (rule F2, likewise).
     strided : bool
-        Whether `array` keeps strides of any kind, and memory; such a library has a packed mask.
+        Whether `array` keeps strides of any kind; such a library has a packed mask.
     writable : bool
         Whether an array can be an ``out``.
-    ndarray, compiled : bool
-        Whether arrays are NumPy's, whether the compiled kernels serve them.
+    gpu, ndarray, compiled : bool
+        Whether it needs a CUDA device, has NumPy's arrays, is served by the compiled kernels.
+    backend : str
+        Name of the class of the backend.
     """
 
-    name = "numpy"
-    dtypes = FLOATING
+    name: str
+    requires: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = FLOATING
     subnormals = True
     payloads = True
     strided = True
     writable = True
     gpu = False
-    backend = "numpy"  # that is to serve its arrays
+    ndarray = False
+    compiled = False
+    backend: str
+
+    @functools.cached_property
+    def reason(self):
+        """Why the library cannot be used, or None; found without importing a large module."""
+        absent = (module for module in self.requires if not installed(module))
+        return next((f"{module} is not installed" for module in absent), None)
 
     @property
-    def ndarray(self):
-        return self.backend in ("numpy", "native")
-
-    @property
-    def compiled(self):
-        return self.backend == "native"
+    def module(self):
+        return importlib.import_module(self.requires[0])
 
     def load(self):
-        """Import the library; return why it cannot be, or None."""
-        return
+        """Import the library and prepare it; return why it cannot be used, or None."""
+        return self.reason
 
     def array(self, host):
-        """Return an array of the library with a NumPy array's values, dtype and, if `strided`,
-        memory."""
-        return host
+        """Return an array with a NumPy array's values, dtype and, if `strided`, layout."""
+        raise NotImplementedError
 
     def numpy(self, x):
         """Return a NumPy array with an array's values and dtype."""
+        raise NotImplementedError
+
+    def running(self):
+        """Return the context manager that a test of the library runs in."""
+        return contextlib.nullcontext()
+
+
+class Numpy(Library):
+    """NumPy without compiled kernels."""
+
+    name = "numpy"
+    ndarray = True
+    backend = "NumpyBackend"
+
+    def array(self, host):
+        return host
+
+    def numpy(self, x):
         assert type(x) is np.ndarray
         return x
 
     def running(self):
-        """Return the context manager that a test of the library runs in."""
-        if self.ndarray:
-            return serving_numpy(f"relu_xp.backends.{self.backend}")
-        return contextlib.nullcontext()
+        from relu_xp.backends.numpy import NumpyBackend
+
+        return serving_numpy(NumpyBackend)
 
 
-class Native(Library):
+class Compiled(Numpy):
     """NumPy arrays by the compiled kernels."""
 
-    name = "native"
-    backend = "native"
+    name = "compiled"
+    compiled = True
+    backend = "CompiledBackend"
 
-    def load(self):
+    @functools.cached_property
+    def reason(self):
         from relu_xp import kernels
 
         return kernels.reason or None
 
+    def running(self):
+        from relu_xp.backends.compiled import CompiledBackend
 
-class Streaming(Native):
-    """The same, as for arrays beyond the caches: every call by two threads past the caches."""
+        return serving_numpy(CompiledBackend)
 
-    name = "native_streaming"
+
+class CompiledStreaming(Compiled):
+    """The same, with the code for arrays beyond the caches: two threads, streaming stores."""
+
+    name = "compiled_streaming"
 
     @contextlib.contextmanager
     def running(self):
@@ -104,112 +138,90 @@ class Streaming(Native):
 
 
 @contextlib.contextmanager
-def serving_numpy(module):
-    """Let a backend serve NumPy arrays, and no other."""
-    from relu_xp import activation, dispatch
+def serving_numpy(backend_class):
+    """Serve NumPy arrays by an instance of a backend class, which the context manager returns."""
+    from relu_xp import dispatch, validation
 
-    def forget():
-        activation._RELU.served.clear()
-        activation._activation.cache_clear()
-
-    backend = importlib.import_module(module)
-    forget()
+    backend = backend_class()
+    validation._RESOLVED.clear()
     with mock.patch.dict(dispatch.BACKENDS, {np.ndarray: backend, np.memmap: backend}):
-        yield
-    forget()
+        yield backend
+    validation._RESOLVED.clear()
 
 
 class ArrayApiStrict(Library):
     name = "array_api_strict"
-    backend = "generic"
+    requires = ("array_api_strict",)
+    backend = "Backend"
     dtypes = ("float32", "float64")
     strided = False
 
-    def load(self):
-        return _missing("array_api_strict")
-
     @contextlib.contextmanager
     def running(self):
-        """Let NumPy warn of what overflows or meets a signalling NaN: it is inside."""
+        """Ignore NumPy's warnings of an overflow or a signalling NaN: it computes inside."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(overflow|invalid value) encountered in")
             yield
 
     def array(self, host):
-        import array_api_strict
-
-        return array_api_strict.asarray(host.copy(order="K"))
+        return self.module.asarray(host.copy(order="K"))
 
     def numpy(self, x):
-        import array_api_strict
-
-        assert type(x) is type(array_api_strict.asarray(0.0))
+        assert type(x) is type(self.module.asarray(0.0))
         return np.from_dlpack(x)
 
 
 class Torch(Library):
     name = "torch"
-    backend = "torch"
+    requires = ("torch",)
+    backend = "TorchBackend"
     strided = False
 
-    def load(self):
-        return _missing("torch")
-
     def array(self, host):
-        import torch
-
         host = host.copy(order="K")
         if host.dtype.name == "bfloat16":
-            return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(host)
+            return self.module.from_numpy(host.view(np.int16)).view(self.module.bfloat16)
+        return self.module.from_numpy(host)
 
     def numpy(self, x):
-        import torch
-
-        assert type(x) is torch.Tensor
-        if x.dtype == torch.bfloat16:
+        assert type(x) is self.module.Tensor
+        if x.dtype == self.module.bfloat16:
             import ml_dtypes
 
-            return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return x.view(self.module.int16).numpy().view(ml_dtypes.bfloat16)
         return x.numpy()
 
 
 class TorchElsewhere(Torch):
-    """The same, as for tensors that NumPy cannot see: a GPU's, and whatever is being traced."""
+    """The same without access to the memory, as for tensors on a GPU or while being traced."""
 
     name = "torch_elsewhere"
 
     def running(self):
-        from relu_xp.backends import torch
+        from relu_xp.backends.torch import TorchBackend
 
-        return mock.patch.object(torch, "_views", return_value=None)
+        return mock.patch.object(TorchBackend, "_views", return_value=None)
 
 
 class Jax(Library):
     name = "jax"
-    backend = "jax"
+    requires = ("jax",)
+    backend = "JaxBackend"
     subnormals = False
     payloads = False  # of bfloat16: XLA selects in float32
     strided = False
     writable = False
 
     def load(self):
-        reason = _missing("jax")
-        if reason is None:
-            import jax
-
-            jax.config.update("jax_enable_x64", True)
-        return reason
+        if self.reason is None:
+            self.module.config.update("jax_enable_x64", True)
+        return self.reason
 
     def array(self, host):
-        import jax.numpy as jnp
-
-        return jnp.asarray(host)
+        return self.module.numpy.asarray(host)
 
     def numpy(self, x):
-        import jax
-
-        assert isinstance(x, jax.Array)
+        assert isinstance(x, self.module.Array)
         return np.asarray(x)
 
 
@@ -217,19 +229,16 @@ class Dask(Library):
     """NumPy arrays cut into chunks, several along each axis."""
 
     name = "dask"
-    backend = "dask"
+    requires = ("dask",)
+    backend = "DaskBackend"
     strided = False
     writable = False
-
-    def load(self):
-        return _missing("dask.array")
 
     def array(self, host):
         import dask.array
 
-        return dask.array.from_array(
-            host.copy(order="K"), chunks=tuple(-(-n // 2) or 1 for n in host.shape)
-        )
+        chunks = tuple(-(-n // 2) or 1 for n in host.shape)
+        return dask.array.from_array(host.copy(order="K"), chunks=chunks)
 
     def numpy(self, x):
         import dask.array
@@ -246,14 +255,15 @@ class CupyHost(Library):
     """CuPy's arrays over host memory, its kernels compiled with g++: see cupy_host.py."""
 
     name = "cupy_host"
-    backend = "cupy"
+    requires = ("cupy", "cuda.pathfinder")
+    backend = "CupyBackend"
 
-    def load(self):
+    @functools.cached_property
+    def reason(self):
         if shutil.which("g++") is None:
             return "g++ is not installed"
-        for module in ("cupy", "cuda.pathfinder"):
-            if reason := _missing(module):
-                return reason
+        if reason := super().reason:
+            return reason
         from cuda.pathfinder import find_nvidia_header_directory
 
         if find_nvidia_header_directory("cudart") is None:
@@ -266,10 +276,9 @@ class CupyHost(Library):
         return cupy_host.array(host)
 
     def numpy(self, x):
-        import cupy
         import cupy_host
 
-        assert type(x) is cupy.ndarray
+        assert type(x) is self.module.ndarray
         return cupy_host.to_numpy(x)
 
     def running(self):
@@ -280,24 +289,24 @@ class CupyHost(Library):
 
 class Cupy(Library):
     name = "cupy"
-    backend = "cupy"
+    requires = ("cupy",)
+    backend = "CupyBackend"
     gpu = True
 
-    def load(self):
-        if reason := _missing("cupy"):
+    @functools.cached_property
+    def reason(self):
+        if reason := super().reason:
             return reason
-        import cupy
-
+        runtime = self.module.cuda.runtime
         try:
-            count = cupy.cuda.runtime.getDeviceCount()
-        except cupy.cuda.runtime.CUDARuntimeError as error:
+            count = runtime.getDeviceCount()
+        except runtime.CUDARuntimeError as error:
             return f"no CUDA device: {error}"
         return None if count else "no CUDA device"
 
     def array(self, host):
-        """Copy the whole memory under a view, and view the copy likewise."""
-        import cupy
-
+        """Copy the whole memory under a view, and return the same view of the copy."""
+        cupy = self.module
         if host.size == 0:
             return cupy.empty(host.shape, host.dtype)
         low, high = np.lib.array_utils.byte_bounds(host)
@@ -306,33 +315,27 @@ class Cupy(Library):
         return cupy.ndarray(host.shape, host.dtype, pointer, strides=host.strides)
 
     def numpy(self, x):
-        import cupy
-
-        assert type(x) is cupy.ndarray
-        return cupy.asnumpy(x)
+        assert type(x) is self.module.ndarray
+        return self.module.asnumpy(x)
 
 
-_ALL = (
-    Library,
-    Native,
-    Streaming,
-    ArrayApiStrict,
-    Torch,
-    TorchElsewhere,
-    Jax,
-    Dask,
-    CupyHost,
-    Cupy,
-)
-LIBRARIES = {library.name: library() for library in _ALL}
+_ALL = (Numpy, Compiled, CompiledStreaming, ArrayApiStrict, Torch, TorchElsewhere, Jax, Dask)
+LIBRARIES = {library.name: library() for library in (*_ALL, CupyHost, Cupy)}
 
 
-def _missing(module):
+def installed(module):
+    """Whether a module can be found, without importing it."""
     try:
-        importlib.import_module(module)
-    except ImportError as error:
-        return f"{module} is not installed: {error}"
-    return None
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # a parent is absent; None in sys.modules
+        return False
+
+
+def unavailable(config, reason, gpu=False):
+    """Skip a test with a visible reason, or fail it where the options ask for that."""
+    if config.getoption("--require-gpu" if gpu else "--no-skip"):
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
 
 
 def parameter(library, *rest):

@@ -1,11 +1,8 @@
-"""Which backend serves, what is loaded for it, and what a library that traces sees."""
+"""Which backend serves an array, what is imported for it, and the errors where there is none."""
 
 from __future__ import annotations
 
-import inspect
-import subprocess
 import sys
-import textwrap
 import types
 
 import numpy as np
@@ -13,160 +10,44 @@ import pytest
 
 import relu_xp
 from relu_xp import dispatch
-from relu_xp.backends import Backend, generic
-from relu_xp.backends import numpy as numpy_backend
-from relu_xp.testing.conformance import check_signatures
+from relu_xp.backends.base import Backend
 
-HEAVY = (
-    "cupy",
-    "dask",
-    "distributed",
-    "torch",
-    "jax",
-    "matplotlib",
-    "sklearn",
-    "tqdm",
-    "scipy",
-)
-
-
-def loaded_after(statement):
-    """Return which heavy modules a fresh interpreter has loaded after a statement."""
-    code = f"import sys\n{statement}\nprint(*(set(sys.modules) & set({HEAVY!r})))"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
-
-
-def test_import_loads_nothing_heavy():
-    use = "import numpy, relu_xp; relu_xp.ReLU().forward(numpy.ones(3))"
-    assert loaded_after(use) == set()
-
-
-def test_the_check_of_imports_can_fail(require):
-    require("tqdm")
-    assert loaded_after("import relu_xp, tqdm") == {"tqdm"}
-
-
-def test_signatures_equal_the_protocols(require, native):
-    modules = [numpy_backend, generic]
-    names = ("native", "cupy", "torch", "jax", "dask")
-    modules += [require(f"relu_xp.backends.{name}") for name in names]
-    wanted = [name for name in vars(Backend) if inspect.isfunction(vars(Backend)[name])]
-    wanted = sorted(name for name in wanted if not name.startswith("_"))
-    for module in modules:
-        assert sorted(module.__all__) == wanted, module.__name__
-        check_signatures(module)
-
-
-def test_each_library_has_its_backend(xp):
-    backend = dispatch.backend_for("f", "x", xp.array(np.ones(2, np.float32)))
-    assert backend.__name__ == f"relu_xp.backends.{xp.backend}"
-
-
-class Foreign:
-    """An array of a library that nobody knows: a NumPy array in a coat."""
-
-    dtype = "float32"
-
-    def __init__(self, host):
-        self.host = host
-
-    @property
-    def shape(self):
-        return self.host.shape
-
-    def __array_namespace__(self, api_version=None):
-        return types.ModuleType("foreign_arrays.api.v1")
+HEAVY = "cupy dask distributed torch jax matplotlib sklearn tqdm scipy"
+LOADED = f"print(*sorted(set({HEAVY.split()!r}) & set(sys.modules)))"
 
 
 @pytest.fixture
-def entry_point(monkeypatch):
-    """A third party's backend, found by the first component of its namespace's name."""
-    calls = []
-
-    def record(name):
-        def function(*arguments):
-            calls.append(name)
-            return ("foreign", "cpu:0") if name == "place" else (arguments[1], name)
-
-        return function
-
-    names = ("forward", "forward_saving", "backward", "place")
-    backend = types.SimpleNamespace(**{name: record(name) for name in names})
-    backend.dtype_name = str
-    point = types.SimpleNamespace(load=lambda: backend)
-
-    def entry_points(*, group, name):
-        return [point] if (group, name) == ("relu_xp.backends", "foreign_arrays") else []
-
-    monkeypatch.setattr(dispatch.importlib.metadata, "entry_points", entry_points)
-    yield calls
-    dispatch.BACKENDS.pop(Foreign, None)
+def no_backends(monkeypatch):
+    """No type of array has been seen, and no entry point."""
+    monkeypatch.setattr(dispatch, "BACKENDS", {})
+    cached = dispatch._backend
+    cached.cache_clear()
+    yield
+    cached.cache_clear()
 
 
-def test_a_third_party_adds_its_own(entry_point):
-    x = Foreign(np.ones(3))
-    assert relu_xp.relu(x) == (x, "forward")
-    y, pullback = relu_xp.relu_vjp(x)
-    assert y is x
-    assert pullback(x) == (x, "backward")
-    with pytest.raises(TypeError, match="saw foreign on device cpu:0, dy is NumPy; .*foreign.asar"):
-        pullback(np.ones(3))
-    assert entry_point.count("forward") == 1
+# ---- Imports -------------------------------------------------------------------------------------
 
 
-def test_a_third_partys_backend_is_named_without_importing_it(monkeypatch):
-    asked = []
-
-    def entry_points(*, group, name):
-        asked.append((group, name))
-        points = {"foreign": [types.SimpleNamespace(value="foreign.relu")]}
-        return points.get(name, [])
-
-    monkeypatch.setattr(dispatch.importlib.metadata, "entry_points", entry_points)
-    assert dispatch.module_of("foreign") == "foreign.relu"
-    assert dispatch.module_of("unknown") == "relu_xp.backends.generic"
-    for name in ("cupy", "torch", "jax", "dask"):
-        assert dispatch.module_of(name) == f"relu_xp.backends.{name}"
-    assert asked == [("relu_xp.backends", "foreign"), ("relu_xp.backends", "unknown")], "ours first"
-
-
-def test_kernels_serve_numpy_where_they_can_be_had(native, monkeypatch):
-    assert dispatch.kernels().cpu is native
-    assert dispatch.module_of("numpy") == "relu_xp.backends.native" == dispatch.COMPILED
-    monkeypatch.setattr(dispatch.kernels(), "cpu", None)
-    assert dispatch.module_of("numpy") == "relu_xp.backends.numpy"
-    assert dispatch.module_of("torch") == "relu_xp.backends.torch"
-
-
-@pytest.mark.parametrize("variable", [None, "1", "", "0"])
-def test_kernels_can_be_left_unused(native, python, variable):
-    script = """
-        import sys
-        import numpy
-        import relu_xp
-
-        assert "relu_xp.kernels" not in sys.modules, "before an array is there"
-        assert relu_xp.relu(numpy.array([-1.0, 2.0])).tolist() == [0, 2]
-        print(*sorted({"relu_xp.backends.native", "relu_xp.kernels._cpu"} & set(sys.modules)))
-        print(relu_xp.dispatch.kernels().reason)
-    """
-    off = variable == "0"
-    names = "" if off else "relu_xp.backends.native relu_xp.kernels._cpu"
-    reason = "switched off by RELU_XP_NATIVE=0" if off else ""
-    assert python(script, RELU_XP_NATIVE=variable) == f"{names}\n{reason}\n"
+def test_nothing_large_is_imported_for_numpy(python, require):
+    use = "import sys, numpy, relu_xp\nrelu_xp.ReLU().forward(numpy.ones(3))\n"
+    assert python(use + LOADED) == "\n"
+    require("tqdm")
+    assert python(f"import sys, tqdm\n{LOADED}") == "tqdm\n", "the test can fail"
 
 
 @pytest.mark.parametrize(
-    ("error", "reason"),
+    ("variable", "error", "reason"),
     [
-        ("ModuleNotFoundError('no such module')", "not compiled: no C++ compiler when"),
-        ("ImportError('version GLIBCXX')", "not loaded: version GLIBCXX"),
+        *((variable, None, "") for variable in (None, "1", "")),
+        ("0", None, "switched off by RELU_XP_NATIVE=0"),
+        (None, "ModuleNotFoundError('no such module')", "not compiled: no C++ compiler when"),
+        (None, "ImportError('version GLIBCXX')", "not loaded: version GLIBCXX"),
     ],
 )
-def test_numpy_serves_where_the_module_cannot_be_had(python, error, reason):
+def test_numpy_is_served_with_the_compiled_module_or_without(
+    native, python, variable, error, reason
+):
     script = f"""
         import sys
 
@@ -175,261 +56,108 @@ def test_numpy_serves_where_the_module_cannot_be_had(python, error, reason):
                 if name == "relu_xp.kernels._cpu":
                     raise {error}
 
-        sys.meta_path.insert(0, Finder)
+        if {error}:
+            sys.meta_path.insert(0, Finder)
         import numpy
         import relu_xp
 
+        assert "relu_xp.kernels" not in sys.modules, "before the first array"
         assert relu_xp.relu(numpy.array([-1.0, 2.0])).tolist() == [0, 2]
-        print(relu_xp.dispatch.backend_for("f", "x", numpy.ones(1)).__name__)
-        print(relu_xp.dispatch.kernels().reason)
+        print(type(relu_xp.dispatch.backend_for("f", "x", numpy.ones(1))).__name__)
+        print(*sorted({{"relu_xp.backends.compiled", "relu_xp.kernels._cpu"}} & set(sys.modules)))
+        print(relu_xp.kernels.reason)
     """
-    module, found = python(script).splitlines()
-    assert module == "relu_xp.backends.numpy"
+    backend, modules, found = python(script, RELU_XP_NATIVE=variable).split("\n")[:3]
+    assert backend == ("NumpyBackend" if reason else "CompiledBackend")
+    assert modules == ("" if reason else "relu_xp.backends.compiled relu_xp.kernels._cpu")
     assert found.startswith(reason)
 
 
-def test_a_tensor_makes_all_kinds_of_tensors_known(require, monkeypatch):
-    """Before `torch.compile` meets one of another kind: it cannot trace the search."""
-    torch = require("torch")
-    from relu_xp.backends import torch as backend
-
-    class Tensor(torch.Tensor):
-        pass
-
-    monkeypatch.setattr(dispatch, "BACKENDS", {})
-    dispatch.backend_for("f", "x", np.ones(1))
-    assert set(dispatch.BACKENDS) == {np.ndarray}
-    assert dispatch.backend_for("f", "x", torch.ones(1)) is backend
-    assert set(dispatch.BACKENDS) == {np.ndarray, torch.Tensor, torch.nn.Parameter}
-    assert dispatch.BACKENDS[torch.Tensor] is dispatch.BACKENDS[torch.nn.Parameter] is backend
-    assert dispatch.backend_for("f", "x", torch.ones(1).as_subclass(Tensor)) is backend
-    assert dispatch.BACKENDS[Tensor] is backend
-    monkeypatch.setattr(dispatch, "_load", None)
-    assert dispatch.backend_for("f", "x", torch.ones(1)) is backend
+# ---- Backends ------------------------------------------------------------------------------------
 
 
-class TestNamespace:
-    """A library by its name, or why it cannot be had."""
-
-    @staticmethod
-    def library(monkeypatch, name="broken", **attributes):
-        module = types.ModuleType(name)
-        vars(module).update(attributes)
-        monkeypatch.setitem(sys.modules, name, module)
-
-    @staticmethod
-    def reason(name):
-        with pytest.raises(dispatch.LibraryError) as refused:
-            dispatch.namespace(name)
-        assert type(refused.value) is dispatch.LibraryError
-        assert str(refused.value).startswith(f"backend {name!r} is {refused.value.reason}")
-        assert dispatch.availability(name) == refused.value.reason
-        advice = str(refused.value).removeprefix(f"backend {name!r} is {refused.value.reason}")
-        return refused.value.reason, advice
-
-    def test_it_is_the_compatible_one_where_there_is_one(self, require):
-        assert dispatch.namespace("numpy").__name__ == "array_api_compat.numpy"
-        assert dispatch.availability("numpy") is None
-        for name, wanted in (
-            ("array_api_strict", "array_api_strict"),
-            ("torch", "array_api_compat.torch"),
-            ("jax", "jax.numpy"),
-            ("dask", "array_api_compat.dask.array"),
-        ):
-            require(name)
-            assert dispatch.namespace(name).__name__ == wanted
-
-    @pytest.mark.parametrize("name", ["no_such", "no such", "", "a.b", "../numpy"])
-    def test_what_is_not_installed(self, monkeypatch, name):
-        class Finder:
-            @staticmethod
-            def find_spec(name):
-                return name in ("numpy", "jax", "array_api_strict") or None
-
-        monkeypatch.setattr(dispatch, "PathFinder", Finder)
-        assert self.reason(name) == ("not installed", "; there is numpy, jax, array_api_strict")
-
-    def test_what_is_absent_is_not_advised(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "jax", None)
-        monkeypatch.setitem(sys.modules, "jax.numpy", None)
-        reason, advice = self.reason("jax")
-        assert reason == "not installed"
-        assert advice.startswith("; there is numpy")
-        assert "jax" not in advice
-
-    @pytest.mark.parametrize("attributes", [{}, {"asarray": lambda x: x}], ids=["none", "lists"])
-    def test_what_is_no_array_library(self, monkeypatch, attributes):
-        self.library(monkeypatch, **attributes)
-        assert self.reason("broken") == ("not an array API library", "")
-
-    @pytest.mark.parametrize(
-        ("error", "reason"),
-        [
-            (RuntimeError("no driver"), "no driver"),
-            (RuntimeError("\n====\n  no driver: install one\n\nread the manual"), "no driver: in"),
-            (RuntimeError(), "RuntimeError"),
-            (RuntimeError("\n---\n"), "RuntimeError"),
-            (ModuleNotFoundError("No module named 'dep'", name="dep"), "No module named 'dep'"),
-        ],
-        ids=["line", "page", "nothing", "rule", "dependency"],
-    )
-    def test_what_does_not_work(self, monkeypatch, error, reason):
-        def asarray(x):
-            assert x == [0.0]
-            raise error
-
-        self.library(monkeypatch, asarray=asarray)
-        found, advice = self.reason("broken")
-        assert found.startswith(f"not available: {reason}")
-        assert "\n" not in found
-        assert advice == ""
-
-    def test_the_first_cause_is_told(self, monkeypatch):
-        def asarray(x):
-            try:
-                try:
-                    raise OSError("libcuda.so.1 is missing")
-                except OSError as error:
-                    raise ImportError("see the manual") from error
-            except ImportError as error:
-                raise RuntimeError("see the other manual") from error
-
-        self.library(monkeypatch, asarray=asarray)
-        assert self.reason("broken") == ("not available: libcuda.so.1 is missing", "")
-        with pytest.raises(dispatch.LibraryError) as refused:
-            dispatch.namespace("broken")
-        assert isinstance(refused.value.__cause__, RuntimeError)
+def test_each_library_has_its_backend(xp):
+    backend = dispatch.backend_for("f", "x", xp.array(np.ones(2, np.float32)))
+    assert type(backend).__name__ == xp.backend
+    assert isinstance(backend, Backend)
 
 
-def test_how_an_array_is_moved():
-    move = dispatch.how_to_move
-    for source, target, wanted in (
-        (("cupy", 0), ("cupy", 1), "move it to device 1 first"),
-        (("cupy", 0), ("numpy", None), "move it first, for example cupy.asnumpy(dy)"),
-        (("numpy", None), ("cupy", 0), "move it first, for example cupy.asarray(dy)"),
-        (("torch", "cpu"), ("numpy", None), "move it first, for example numpy.asarray(dy)"),
-        (("numpy", None), ("jax", None), "move it first, for example jax.numpy.asarray(dy)"),
-        (("numpy", None), ("dask", None), "move it first, for example dask.array.asarray(dy)"),
-        (("cupy", 0), ("other", 0), "move it first, for example other.asarray(dy)"),
-    ):
-        assert move("dy", source, target) == wanted
-
-
-def test_a_place_in_words():
-    for place, wanted in (
-        (("numpy", None), "NumPy"),
-        (("cupy", 0), "CuPy on device 0"),
-        (("torch", "cpu"), "PyTorch on device cpu"),
-        (("jax", None), "JAX"),
-        (("dask", None), "Dask"),
-        (("other", "x"), "other on device x"),
-    ):
-        assert dispatch.describe(place) == wanted
-
-
-def test_an_unknown_library_is_generic():
-    class Unknown(Foreign):
-        pass
-
-    assert dispatch.backend_for("f", "x", Unknown(np.ones(1))) is generic
-    assert dispatch.BACKENDS.pop(Unknown) is generic
-
-
-def test_a_place_is_a_library_and_a_device(require):
-    """The generic backend tells it of any: by the name of the library itself, not of a wrapper."""
-    strict, torch, jax = (require(name) for name in ("array_api_strict", "torch", "jax"))
-    there = strict.Device("device1")
-    for x, place in (
-        (strict.ones(1), ("array_api_strict", strict.Device("CPU_DEVICE"))),
-        (strict.ones(1, device=there), ("array_api_strict", there)),
-        (torch.ones(1), ("torch", torch.device("cpu"))),
-        (jax.numpy.ones(1), ("jax", None)),
-    ):
-        assert generic.place(x) == place
-
-    class Placed(Foreign):
-        device = "elsewhere"
-
-    assert generic.place(Placed(np.ones(1))) == ("foreign_arrays", "elsewhere")
-
-
-def test_sums_are_of_float32_where_there_is_no_float64(require, monkeypatch):
-    strict = require("array_api_strict")
-
-    class Narrow(types.ModuleType):
-        def __getattr__(self, name):
-            return getattr(strict, name)
-
-        @staticmethod
-        def __array_namespace_info__():
-            return types.SimpleNamespace(dtypes=lambda **_: {"float32": strict.float32})
-
-    x, dy, slopes = (
-        strict.asarray(values, dtype=strict.float32)
-        for values in ([-3e38, -3e38, -3e38], [1.0, 1.0, -1.0], [0.5])
-    )
-    for namespace, expected in ((strict, np.float32(-3e38)), (Narrow("narrow"), -np.inf)):
-        monkeypatch.setattr(generic, "_namespace", lambda _, namespace=namespace: namespace)
-        with np.errstate(over="ignore"):
-            gradient = generic.slopes_gradient(dy, x, slopes, None)
-        assert gradient.dtype == strict.float32
-        assert float(gradient[0]) == expected
-
-
-def test_results_stay_on_the_device_of_x(require):
-    strict = require("array_api_strict")
-    here, there = (strict.Device(name) for name in ("CPU_DEVICE", "device1"))
-    x, elsewhere = (strict.asarray([-1.0, 2.0], device=device) for device in (there, here))
-    y, pullback = relu_xp.relu_vjp(x)
-    results = [y, pullback(x), relu_xp.relu_grad(x), relu_xp.crelu(x, axis=0)]
-    results.append(relu_xp.rrelu(x, rng=np.random.default_rng(0)))
-    assert {result.device for result in results} == {there}
-    for call, seen in (
-        (lambda: pullback(elsewhere), "pullback: forward saw"),
-        (lambda: relu_xp.relu_backward(elsewhere, x), "relu_backward: x is"),
-        (lambda: relu_xp.relu(x, out=elsewhere), "relu: x is"),
-    ):
-        with pytest.raises(ValueError, match=f"^{seen} ") as refused:
-            call()
-        assert str(refused.value).endswith(f"; move it to device {there} first")
-
-
-@pytest.mark.parametrize("namespace", [None, 3, RuntimeError("no"), AttributeError("no")])
-def test_what_only_pretends_to_be_an_array_is_refused(namespace):
-    class Pretender(Foreign):
-        def __array_namespace__(self, api_version=None):
-            if isinstance(namespace, Exception):
-                raise namespace
-            return namespace
-
-    message = "^relu: x must be an array, got Pretender; convert it fir"
-    with pytest.raises(TypeError, match=message) as refused:
-        relu_xp.relu(Pretender(np.ones(2)))
-    cause = refused.value.__cause__
-    assert cause is namespace if isinstance(namespace, Exception) else cause is not None
-    assert Pretender not in dispatch.BACKENDS
-
-
-def test_no_cause_where_the_message_says_it_all():
-    with pytest.raises(TypeError, match="^relu: x must be an array, got list") as refused:
-        relu_xp.relu([1.0])
-    assert refused.value.__cause__ is None
-
-
-def test_a_type_is_looked_up_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(dispatch, "BACKENDS", {})
+def test_a_type_is_looked_up_once(no_backends, monkeypatch, tmp_path):
     loaded = []
-    load = dispatch._load
-    monkeypatch.setattr(dispatch, "_load", lambda name: loaded.append(name) or load(name))
+    load = dispatch._backend
+    monkeypatch.setattr(dispatch, "_backend", lambda name: loaded.append(name) or load(name))
     memmap = np.memmap(tmp_path / "x", np.float32, "w+", shape=3)
     for _ in range(2):
         for x in (np.ones(3), memmap):
-            assert dispatch.backend_for("f", "x", x).__name__ == dispatch.module_of("numpy")
+            assert type(dispatch.backend_for("f", "x", x)) is dispatch.backend_class("numpy")
     assert loaded == ["numpy", "numpy"]
     assert set(dispatch.BACKENDS) == {np.ndarray, np.memmap}
 
 
-def test_dtypes_of_two_libraries_do_not_meet(require):
+class NewArray:
+    """An array of a library that has no backend of its own."""
+
+    dtype = "float32"
+
+    def __init__(self, host):
+        self.host = host
+        self.shape = host.shape
+
+    def __array_namespace__(self, api_version=None):
+        return types.ModuleType("new_library.api.v1")
+
+
+def entry_point(monkeypatch, found):
+    """Let another package serve `new_library` and NumPy; return what is looked up."""
+    asked = []
+
+    def entry_points(*, group, name):
+        asked.append((group, name))
+        point = types.SimpleNamespace(load=lambda: found, value="module:Class")
+        return [point] if name in ("new_library", "numpy") else []
+
+    monkeypatch.setattr("importlib.metadata.entry_points", entry_points)
+    return asked
+
+
+class NewBackend(Backend):
+    def forward(self, params, x, out):
+        return x, "forward"
+
+    def forward_with_mask(self, params, x, out, mask):
+        return x, "residuals"
+
+    def backward(self, grad_params, dy, residuals, out):
+        return dy, residuals
+
+    def device(self, x):
+        return "new_library", "cpu:0"
+
+
+def test_another_package_brings_a_backend(no_backends, monkeypatch):
+    """It is found by the first component of the name of the array namespace."""
+    asked = entry_point(monkeypatch, NewBackend)
+    x = NewArray(np.ones(3))
+    for _ in range(2):
+        assert relu_xp.relu(x) == (x, "forward")
+        y, pullback = relu_xp.relu_vjp(x)
+        assert y is x
+        assert pullback(x) == (x, "residuals")
+    with pytest.raises(TypeError, match="saw new_library on device cpu:0, dy is NumPy; .*new_lib"):
+        pullback(np.ones(3))
+    assert asked == [("relu_xp.backends", "new_library")]
+    assert dispatch.backend_class("new") is Backend, "of a library that has no other"
+    assert dispatch.backend_class("numpy") is not NewBackend, "what is built in comes first"
+
+
+@pytest.mark.parametrize("found", [NewBackend(), NewArray, None], ids=["instance", "class", "None"])
+def test_what_another_package_brings_is_a_subclass(no_backends, monkeypatch, found):
+    entry_point(monkeypatch, found)
+    with pytest.raises(TypeError, match="new_library = .*must be a subclass of .*Backend"):
+        dispatch.backend_class("new_library")
+
+
+def test_dtypes_of_two_libraries_are_not_compared(require):
     """array_api_strict warns when a dtype of its own is compared with one of NumPy's."""
     strict = require("array_api_strict")
     for dtype in ("float32", "float64"):
@@ -437,65 +165,104 @@ def test_dtypes_of_two_libraries_do_not_meet(require):
         relu_xp.relu(strict.ones(2, dtype=getattr(strict, dtype)), threshold=0.125)
 
 
-class TestTracing:
-    """relu is made of differentiable operations."""
+# ---- Libraries by name ---------------------------------------------------------------------------
 
-    x = np.array([-np.inf, -2.0, -0.0, 0.0, 1.0, 3.0, np.inf], np.float32)
 
-    @pytest.mark.parametrize(
-        "numbers", [{}, {"negative_slope": 0.5}, {"max_value": 2.0, "threshold": -1.0}]
+def error_of(name):
+    """Return the reason why a library is not available, and the advice after it."""
+    with pytest.raises(dispatch.LibraryError) as refused:
+        dispatch.namespace(name)
+    reason = refused.value.reason
+    assert dispatch.availability(name) == reason
+    assert str(refused.value).startswith(f"backend {name!r} is {reason}")
+    return reason, str(refused.value).removeprefix(f"backend {name!r} is {reason}")
+
+
+def broken(monkeypatch, **attributes):
+    """Return the reason and advice about a module with some attributes."""
+    module = types.ModuleType("broken")
+    vars(module).update(attributes)
+    monkeypatch.setitem(sys.modules, "broken", module)
+    return error_of("broken")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        *(("numpy", "array_api_compat.numpy"), ("torch", "array_api_compat.torch")),
+        *(("jax", "jax.numpy"), ("dask", "array_api_compat.dask.array")),
+        ("array_api_strict", "array_api_strict"),
+    ],
+)
+def test_the_namespace_of_a_library(require, name, module):
+    require(name)
+    assert dispatch.namespace(name).__name__ == module
+    assert dispatch.availability(name) is None
+
+
+@pytest.mark.parametrize("name", ["no_such", "no such", "", "a.b", "../numpy", "jax"])
+def test_a_library_that_is_not_installed(monkeypatch, name):
+    found = {"numpy", "jax", "array_api_strict"}
+    finder = types.SimpleNamespace(find_spec=lambda name: name in found or None)
+    monkeypatch.setattr(dispatch, "PathFinder", finder)
+    for module in ("jax", "jax.numpy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    reason, advice = error_of(name)
+    assert reason == "not installed"
+    assert advice.endswith(
+        " numpy, array_api_strict" if name == "jax" else " jax, array_api_strict"
     )
-    def test_torch_autograd(self, require, numbers):
-        torch = require("torch")
-        x = torch.from_numpy(self.x.copy()).requires_grad_()
-        dy = torch.linspace(1, 2, 7)
-        relu_xp.relu(x, **numbers).backward(dy)
-        np.testing.assert_array_equal(
-            x.grad.numpy(), relu_xp.relu_backward(dy.numpy(), self.x, **numbers)
-        )
 
-    def test_torch_compile(self, require):
-        """To machine code, in a process of its own: it minds who has imported distutils."""
-        require("torch")
-        script = """
-            import torch, relu_xp
 
-            @torch.compile(fullgraph=True)
-            def f(x):
-                return relu_xp.relu(x * 2, negative_slope=0.5).sum()
+def test_a_module_that_is_no_array_library(monkeypatch):
+    assert broken(monkeypatch) == ("not an array API library", "")
+    assert broken(monkeypatch, asarray=list) == ("not an array API library", "")
 
-            x = torch.tensor([-2.0, -0.0, 0.0, 1.0, 3.0], requires_grad=True)
-            f(x).backward()
-            assert x.grad.tolist() == [1, 1, 1, 2, 2]
-        """
-        subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(script)], check=True)
 
-    @pytest.mark.parametrize(
-        "numbers", [{}, {"negative_slope": 0.5}, {"max_value": 2.0, "threshold": -1.0}]
-    )
-    def test_jax(self, require, numbers):
-        jax = require("jax")
-        x, dy = jax.numpy.asarray(self.x), jax.numpy.linspace(1, 2, 7, dtype="float32")
+def caused_by(cause, error):
+    error.__cause__ = cause
+    return error
 
-        def f(x):
-            return relu_xp.relu(x, **numbers)
 
-        wanted = relu_xp.relu_backward(np.asarray(dy), self.x, **numbers)
-        _, vjp = jax.vjp(f, x)
-        np.testing.assert_array_equal(vjp(dy)[0], wanted)
-        _, vjp = jax.vjp(jax.jit(f), x)
-        np.testing.assert_array_equal(vjp(dy)[0], wanted)
-        np.testing.assert_array_equal(jax.vmap(f)(x[:, None])[:, 0], f(x))
-        finite = x[1:-1]
-        np.testing.assert_array_equal(
-            jax.vmap(jax.grad(f))(finite), relu_xp.relu_grad(self.x[1:-1], **numbers)
-        )
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RuntimeError("no driver"), "no driver"),
+        (RuntimeError("\n====\n  no driver: install one\n\nread the manual"), "no driver: install"),
+        (RuntimeError(), "RuntimeError"),
+        (RuntimeError("\n---\n"), "RuntimeError"),
+        (SystemExit("stop"), "stop"),
+        (ModuleNotFoundError("No module named 'dep'", name="dep"), "No module named 'dep'"),
+        (
+            caused_by(caused_by(OSError("no libcuda"), ImportError("a")), RuntimeError("b")),
+            "no libcuda",
+        ),
+    ],
+    ids=["line", "page", "empty", "rule", "exit", "dependency", "causes"],
+)
+def test_a_library_that_does_not_work(monkeypatch, error, reason):
+    """The reason is one line: the first of the first cause."""
 
-        @jax.jit
-        def round_trip(x, dy):
-            y, pullback = relu_xp.relu_vjp(x, **numbers)
-            return y, pullback(dy)
+    def asarray(x):
+        assert x == [0.0]
+        raise error from error.__cause__
 
-        y, dx = round_trip(x, dy)
-        np.testing.assert_array_equal(y, relu_xp.relu(self.x, **numbers))
-        np.testing.assert_array_equal(dx, wanted)
+    found, advice = broken(monkeypatch, asarray=asarray)
+    assert found.startswith(f"not available: {reason}")
+    assert "\n" not in found
+    assert advice == ""
+
+
+def test_devices_in_words():
+    names = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
+    for library, name in {**names, "other": "other"}.items():
+        assert dispatch.format_device((library, None)) == name
+        assert dispatch.format_device((library, "x:1")) == f"{name} on device x:1"
+    for source, target, hint in (
+        (("cupy", 0), ("cupy", 1), "move it to device 1 first"),
+        (("cupy", 0), ("numpy", None), "move it first, for example cupy.asnumpy(dy)"),
+        (("torch", "cpu"), ("numpy", None), "move it first, for example numpy.asarray(dy)"),
+        (("numpy", None), ("jax", None), "move it first, for example jax.numpy.asarray(dy)"),
+        (("cupy", 0), ("other", 0), "move it first, for example other.asarray(dy)"),
+    ):
+        assert dispatch.transfer_hint("dy", source, target) == hint

@@ -1,0 +1,132 @@
+"""JAX, beyond the conformance suite: transformations, compilation, and float64 switched off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import relu_xp
+from relu_xp.testing import reference
+
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+NAMES = ("relu", "clipped-leaky", "thresholded", "mirrored", "everything")
+PRESETS = [reference.PRESETS[name] for name in NAMES]
+each_preset = pytest.mark.parametrize("params", PRESETS, ids=NAMES)
+
+
+@each_preset
+def test_every_transformation(params):
+    def f(x):
+        return relu_xp.relu(x, **params)
+
+    layer = relu_xp.ReLU(**params)
+
+    def both_ways(x, dy):
+        y, pullback = relu_xp.relu_vjp(x, **params)
+        return y, pullback(dy), layer.forward(x), layer.backward(dy)
+
+    x = jnp.linspace(-8, 8, 32, dtype="float32")
+    g = relu_xp.relu_grad(x, **params)
+    np.testing.assert_array_equal(jax.jit(f)(x), f(x))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(f))(x), g)
+    np.testing.assert_array_equal(jax.jvp(f, (x,), (jnp.ones_like(x),))[1], g)
+    np.testing.assert_array_equal(jnp.diag(jax.jacfwd(f)(x)), g)
+    np.testing.assert_array_equal(jnp.diag(jax.jacrev(jax.jit(f))(x)), g)
+    assert not jax.vmap(jax.grad(jax.grad(f)))(x).any()
+    hessian = jax.hessian(lambda x: (f(x) ** 2).sum() / 2)(x)
+    np.testing.assert_allclose(hessian, jnp.diag(g * g), rtol=1e-6)
+    for traced, direct in zip(jax.jit(both_ways)(x, x), both_ways(x, x), strict=True):
+        np.testing.assert_array_equal(traced, direct)
+
+
+@each_preset
+def test_the_gradient_is_that_of_the_numpy_backend(params):
+    """Also at infinities; dead units have +0, whatever comes back."""
+    host = np.array([-np.inf, -2.0, -0.0, 0.0, 1.0, 3.0, np.inf], np.float32)
+    x, dy = jnp.asarray(host), jnp.linspace(1, 2, 7, dtype="float32")
+    expected = relu_xp.relu_backward(np.asarray(dy), host, **params)
+    dead = relu_xp.relu_grad(host, **params) == 0
+    wild = jnp.asarray([np.nan, np.inf, -2.0, -np.inf, 2.0, np.nan, -np.inf], "float32")
+
+    def f(x):
+        return relu_xp.relu(x, **params)
+
+    for function in (f, jax.jit(f), jax.vmap(f)):
+        y, vjp = jax.vjp(function, x)
+        np.testing.assert_array_equal(y, relu_xp.relu(host, **params))
+        np.testing.assert_array_equal(vjp(dy)[0], expected)
+        assert not np.asarray(vjp(wild)[0]).view(np.uint32)[dead].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("prelu", [0.25]), ("prelu", [0.0]), ("crelu", None), ("squared_relu", None)],
+    ids=str,
+)
+def test_other_activations_have_the_gradients_of_the_numpy_backend(name, weight):
+    """Also by a weight of 0, which must learn from there."""
+    inputs = [np.array([[-2.0, -0.5, 0.0, 1.0, np.inf]], np.float32)]
+    inputs += [] if weight is None else [np.array(weight, np.float32)]
+    expected, pullback = getattr(relu_xp, f"{name}_vjp")(*inputs)
+    dy = np.cos(np.arange(expected.size, dtype=np.float32)).reshape(expected.shape)
+    y, vjp = jax.vjp(jax.jit(getattr(relu_xp, name)), *map(jnp.asarray, inputs))
+    np.testing.assert_array_equal(y, expected)
+    gradients = pullback(dy) if weight else (pullback(dy),)
+    for one, other in zip(vjp(jnp.asarray(dy)), gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_rrelu_draws_with_a_function_of_a_shape_or_with_numpys_generator():
+    x, key = jnp.full((3, 4), -1.0, "float32"), jax.random.key(1)
+
+    def rng(shape):
+        return jax.random.uniform(key, shape, "float32")
+
+    y = relu_xp.rrelu(x, 1.0, 2.0, rng=rng)
+    np.testing.assert_array_equal(y, -(rng((3, 4)) + 1))
+    np.testing.assert_array_equal(jax.jit(lambda x: relu_xp.rrelu(x, 1.0, 2.0, rng=rng))(x), y)
+
+    def f(x):
+        return relu_xp.rrelu(x, rng=np.random.default_rng(5))
+
+    np.testing.assert_array_equal(jax.jit(f)(x), f(x))
+
+
+def test_a_new_slope_compiles_nothing(monkeypatch):
+    from relu_xp.backends import jax as module
+    from relu_xp.backends.base import Backend
+
+    class Counted(Backend):
+        traces = 0
+
+        def branch_codes(self, params, x):
+            self.traces += 1
+            return super().branch_codes(params, x)
+
+    base = Counted()
+    monkeypatch.setattr(module, "_base", base)
+    x = jnp.ones((2, 3), "float32")
+    for function in (relu_xp.relu_vjp, lambda x, **params: relu_xp.relu_backward(x, x, **params)):
+        base.traces = 0
+        for number in range(2, 12):
+            function(x, negative_slope=1 / number, threshold=1 / number, max_value=number)
+        assert base.traces == 1
+
+
+def test_float64_may_be_absent_or_present():
+    """By default JAX has none, and sums in float32."""
+    params = {"negative_slope": 0.1, "threshold": 0.3, "max_value": 1.7}
+    host, weight = np.linspace(-2, 2, 8, dtype=np.float32)[None], np.array([0.3], np.float32)
+    with jax.enable_x64(False):
+        x, slope = jnp.asarray(host), jnp.asarray(weight)
+        y, (dx, weight_grad) = relu_xp.relu(x, **params), relu_xp.prelu_vjp(x, slope)[1](x)
+        assert {one.dtype.name for one in (y, dx, weight_grad)} == {"float32"}
+        np.testing.assert_array_equal(y, relu_xp.relu(host, **params))
+        expected = relu_xp.prelu_vjp(host, weight)[1](host)[1]
+        np.testing.assert_allclose(weight_grad, expected, rtol=1e-6)
+    with jax.enable_x64(True):
+        x = jnp.asarray([2**62, -1], "int64")
+        assert relu_xp.clipped_relu(x, 2**61).tolist() == [2**61, 0]
+        assert relu_xp.relu(x.astype("float64"), **params).dtype == "float64"
