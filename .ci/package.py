@@ -19,7 +19,14 @@ from pathlib import Path
 from sysconfig import get_config_var
 
 # What only the build needs. Of relu_xp/kernels the GPU's part is compiled where there is a GPU.
-SOURCES = ("*.cpp", "*/cpu_kernels.h", "*/thread_pool.h", "*/CMakeLists.txt")
+SOURCES = (
+    "*.cpp",
+    "*/cpu_kernels.h",
+    "*/prelu.h",
+    "*/strided.h",
+    "*/thread_pool.h",
+    "*/CMakeLists.txt",
+)
 LARGEST = 3 << 20  # bytes of a wheel
 RESOLVED = {"cuda12": "cupy-cuda12x", "cuda13": "cupy-cuda13x"}
 

@@ -31,7 +31,7 @@ OLDEST = (3, 11)
 STRICT = ("-W", "error", "-P")  # -P: what is installed is tested, not what lies in a folder
 EXTRAS = ("test", "demo", "plot", "dask")
 INSTRUCTION_SETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4")
-CORE = ("truth_table", "layers", "numpy", "functional")
+CORE = ("tests/activations", "tests/backends/test_numpy.py", "tests/backends/test_layouts.py")
 
 
 class Environment(NamedTuple):
@@ -102,11 +102,9 @@ def check(
     bits = time.monotonic() - start
     tests = ""
     if not bare:
-        options = ["-q", "-p", "no:cacheprovider", "--no-skip"]
-        options += ["--xp", "native,numpy,array_api_strict"]
-        options += ["-k", "not two_libraries and not two_devices"]  # which need some more
-        options += [f"tests/test_{name}.py" for name in CORE]
-        output = run([python, *STRICT, "-m", "pytest", *options], sources, cache=folder)
+        options = ["-q", "-p", "no:cacheprovider"]
+        options += ["--xp", "compiled,numpy,array_api_strict"]
+        output = run([python, *STRICT, "-m", "pytest", *options, *CORE], sources, cache=folder)
         tests = output.splitlines()[-1]
     if environment.dependencies == "oldest":  # of the other extras, warnings are not ours
         run([python, "-P", "-m", "relu_xp", "train", "--epochs", "2"], folder)
