@@ -295,6 +295,8 @@ BEGIN = """
     import atexit, ctypes, multiprocessing, os, signal, sys, threading, time, warnings
     # Python 3.12 and later warn of a fork with threads.
     warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+    # A shell starts background jobs with this signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's, whose threads would be counted
     import numpy as np
     import relu_xp
