@@ -230,6 +230,8 @@ class TestCallersAtOnce:
     @pytest.mark.slow
     def test_sixteen_threads(self, request):
         cases = [Case(number) for number in range(16)]
+        for case in cases:  # array_api_compat raises while another thread imports PyTorch
+            case.check()
         rounds = collections.Counter()
         start = threading.Barrier(16, timeout=20)
         deadline = time.monotonic() + request.config.getoption("--soak")
