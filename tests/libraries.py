@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import functools
@@ -17,7 +18,7 @@ import pytest
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 
 
-class Library:
+class Library(abc.ABC):
     """A library of arrays, and how the tests use it.
 
     Attributes
@@ -66,13 +67,13 @@ class Library:
         """Import the library and prepare it; return why it cannot be used, or None."""
         return self.reason
 
+    @abc.abstractmethod
     def array(self, host):
         """Return an array with a NumPy array's values, dtype and, if `strided`, layout."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def numpy(self, x):
         """Return a NumPy array with an array's values and dtype."""
-        raise NotImplementedError
 
     def running(self):
         """Return the context manager that a test of the library runs in."""

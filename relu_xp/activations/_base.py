@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import CastParameters, Parameters
+from relu_xp.parameters import RELU, CastParameters, Parameters
 from relu_xp.validation import check_grad_output, check_mask, check_out, resolve
 
-__all__ = ["Layer", "Pullback", "forward", "forward_with_pullback"]
+__all__ = ["Layer", "Pullback", "forward", "forward_with_pullback", "resolve_floating"]
 
 ArrayT = TypeVar("ArrayT")
 GradientT = TypeVar("GradientT", covariant=True)
@@ -17,9 +18,7 @@ GradientT = TypeVar("GradientT", covariant=True)
 class Rule(Protocol):
     """The gradient of one activation; the parameters are cast to the dtype of `dy`."""
 
-    def __call__(
-        self, params: CastParameters, dy: Any, residuals: Any, out: Any, /, *memory: Any
-    ) -> Any: ...
+    def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any: ...
 
 
 class Pullback(Generic[GradientT]):
@@ -84,11 +83,8 @@ class Pullback(Generic[GradientT]):
         """
         return self.backward("pullback", dy, out)
 
-    def backward(self, function: str, dy: Any, out: Any, memory: Any = None) -> GradientT:
-        """Return the gradient; an error names `function`.
-
-        `memory` is for PReLU: an array to write the weight's gradient to, if it is suitable.
-        """
+    def backward(self, function: str, dy: Any, out: Any) -> GradientT:
+        """Return the gradient; an error names `function`."""
         grad_params = check_grad_output(
             function, dy, self._parameters, self._device, self._shape, "forward saw"
         )
@@ -96,11 +92,7 @@ class Pullback(Generic[GradientT]):
             shape = None if self._shape == self._x_shape else self._x_shape
             inputs = (dy,) if self._mask is None else (dy, self._mask)
             check_out(function, out, dy, "dy", inputs, self._backend, shape)
-        gradient: GradientT
-        if memory is None:
-            gradient = self._rule(grad_params, dy, self._residuals, out)
-        else:
-            gradient = self._rule(grad_params, dy, self._residuals, out, memory)
+        gradient: GradientT = self._rule(grad_params, dy, self._residuals, out)
         return gradient
 
     @property
@@ -113,6 +105,14 @@ class Pullback(Generic[GradientT]):
             If Dask does not know the size of x before it is computed.
         """
         return self._backend.residuals_nbytes(self._residuals)
+
+
+def resolve_floating(function: str, x: Any, out: Any) -> Backend:
+    """Return the backend of a floating x, if an `out` like it is valid."""
+    backend, _ = resolve(function, "x", x, RELU, floating=True)
+    if out is not None:
+        check_out(function, out, x, "x", (x,), backend)
+    return backend
 
 
 def forward(
@@ -183,15 +183,9 @@ class Layer:
         """
         return 0 if self._pullback is None else self._pullback.saved_nbytes
 
-    # A subclass defines these two, or `forward` itself.
-
-    def _forward(self, x: Any, out: Any) -> Any:
-        """Return y, in evaluation."""
-        raise NotImplementedError
-
-    def _forward_with_pullback(self, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
-        """Return y, in training, and its pullback."""
-        raise NotImplementedError
+    # A subclass defines both, or `forward` itself. They return y, in training with its pullback.
+    _forward: Callable[[Any, Any], Any]
+    _forward_with_pullback: Callable[[Any, Any], tuple[Any, Pullback[Any]]]
 
     def forward(self, x: ArrayT, /, *, training: bool = True, out: ArrayT | None = None) -> ArrayT:
         """Return y, and save what `backward` needs.
@@ -256,7 +250,7 @@ class Layer:
             raise RuntimeError(
                 "backward: nothing is saved; call forward(x) first (with training=True), once for "
                 "each backward. backward(dy, retain=True) keeps it for another call; "
-                "relu_xp.relu_vjp serves a layer that is used twice in one pass"
+                "use relu_xp.relu_vjp for a layer that is used twice in one pass"
             )
         if self._inplace:
             out = self._out_in_place("backward", dy, out)

@@ -13,6 +13,7 @@ import numpy as np
 from relu_xp.activations._base import Layer, Pullback
 from relu_xp.arrays import to_numpy
 from relu_xp.backends.base import Backend
+from relu_xp.dispatch import backend_for
 from relu_xp.parameters import RELU, CastParameters, as_real
 from relu_xp.validation import as_axis, as_integer, check_device, check_out, resolve, unknown_length
 
@@ -111,40 +112,12 @@ class _Rule(NamedTuple):
     squeeze: tuple[Any, ...]
 
     def gradients(
-        self,
-        backend: Backend,
-        params: CastParameters,
-        dy: Any,
-        residuals: Any,
-        out: Any,
-        memory: Any = None,
-        /,
+        self, backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /
     ) -> Any:
-        """Return dx and the weight's gradient, which is written to `memory` if that is possible."""
+        """Return dx and the weight's gradient, which comes first, since out may be dy."""
         x, weight = residuals
-        # The weight's gradient comes first, since out may be dy.
-        if _is_reusable(backend, memory, weight[self.squeeze], dy, out):
-            backend.prelu_weight_grad(dy, x, weight, memory[self.expand])
-            weight_grad = memory
-        else:
-            weight_grad = backend.prelu_weight_grad(dy, x, weight, None)[self.squeeze]
+        weight_grad = backend.prelu_weight_grad(dy, x, weight)[self.squeeze]
         return backend.prelu(dy, x, weight, out), weight_grad
-
-
-def _is_reusable(backend: Backend, array: Any, like: Any, dy: Any, out: Any) -> bool:
-    """Return whether an array, which may be None, can be written instead of a new one `like` it.
-
-    It must not be needed for dx.
-    """
-    if type(array) is not type(like) or array.shape != like.shape or array.dtype != like.dtype:
-        return False
-    if array is dy or array is out:
-        return False
-    try:
-        backend.check_out(array, (like, dy) if out is None else (like, dy, out))
-    except (TypeError, ValueError):
-        return False
-    return backend.device(array) == backend.device(like)
 
 
 def _resolve(
@@ -284,7 +257,8 @@ class PReLU(Layer):
         return _prelu_vjp("forward", x, self._params[0], self._axis, out, _WEIGHT)
 
     def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
-        dx, self._grads[0] = pullback.backward("backward", dy, out, self._grads[0])
+        dx, weight_grad = pullback.backward("backward", dy, out)
+        self._grads[0] = _store(self._grads[0], weight_grad, (dy, dx))
         return dx
 
     def __getstate__(self) -> dict[str, Any]:
@@ -315,3 +289,21 @@ def _on_the_host(array: Any) -> Any:
     except TypeError:
         xp = array_api_compat.array_namespace(array)
         return to_numpy(xp.astype(array, xp.float32))
+
+
+def _store(array: Any, weight_grad: Any, others: tuple[Any, Any]) -> Any:
+    """Return an array with the weight's gradient, or that itself if the array cannot be written.
+
+    Nor is it written if it is of another kind, or shares memory with the others.
+    """
+    backend = backend_for("backward", "dy", weight_grad)
+    if type(array) is not type(weight_grad) or any(array is other for other in others):
+        return weight_grad
+    like = weight_grad.shape, weight_grad.dtype, backend.device(weight_grad)
+    if (array.shape, array.dtype, backend.device(array)) != like:
+        return weight_grad
+    try:
+        backend.check_out(array, others)
+    except (TypeError, ValueError):
+        return weight_grad
+    return backend.store(weight_grad, array)

@@ -8,10 +8,16 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from relu_xp.activations._base import Layer, Pullback, forward, forward_with_pullback
+from relu_xp.activations._base import (
+    Layer,
+    Pullback,
+    forward,
+    forward_with_pullback,
+    resolve_floating,
+)
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters, Parameters, as_real, make_parameters
-from relu_xp.validation import check_device, check_out, check_shape, resolve
+from relu_xp.validation import check_device, check_shape, resolve
 
 __all__ = ["RReLU", "rrelu", "rrelu_vjp"]
 
@@ -71,7 +77,7 @@ def rrelu(
     bounds, mean = _check_bounds(lower, upper)
     if rng is None:
         return forward("rrelu", mean, x, out, floating=True)
-    backend = _resolve("rrelu", x, out)
+    backend = resolve_floating("rrelu", x, out)
     slopes = _random_slopes("rrelu", backend, x, bounds, rng)
     return cast(ArrayT, backend.prelu(x, x, slopes, out))
 
@@ -125,7 +131,7 @@ def _rrelu_vjp(
     function: str, x: Any, bounds: tuple[float, float], rng: Any, out: Any
 ) -> tuple[Any, Pullback[Any]]:
     """Return `rrelu` with random slopes, and its pullback."""
-    backend = _resolve(function, x, out)
+    backend = resolve_floating(function, x, out)
     slopes = _random_slopes(function, backend, x, bounds, rng)
     derivative = backend.prelu(None, x, slopes, None)  # first, since out may be x
     y = backend.prelu(x, None, derivative, out)
@@ -134,14 +140,6 @@ def _rrelu_vjp(
 
 def _rule(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
     return backend.prelu(dy, None, residuals, out)
-
-
-def _resolve(function: str, x: Any, out: Any) -> Backend:
-    """Return the backend, if x and an `out` like it are valid."""
-    backend, _ = resolve(function, "x", x, RELU, floating=True)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
-    return backend
 
 
 def _random_slopes(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from relu_xp.activations._base import Layer, Pullback
+from relu_xp.activations._base import Layer, Pullback, resolve_floating
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters
-from relu_xp.validation import check_out, resolve
 
 __all__ = ["SquaredReLU", "squared_relu", "squared_relu_vjp"]
 
@@ -69,11 +68,11 @@ def squared_relu_vjp(x: ArrayT, /, *, out: ArrayT | None = None) -> tuple[ArrayT
 
 
 def _squared_relu(function: str, x: Any, out: Any) -> Any:
-    return _resolve(function, x, out).squared_relu(x, out)
+    return resolve_floating(function, x, out).squared_relu(x, out)
 
 
 def _squared_relu_vjp(function: str, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
-    backend = _resolve(function, x, out)
+    backend = resolve_floating(function, x, out)
     residuals = backend.copy(x)  # first, since out may be x
     y = backend.squared_relu(x, out)
     return y, Pullback(partial(_rule, backend), backend, RELU, x, residuals)
@@ -81,14 +80,6 @@ def _squared_relu_vjp(function: str, x: Any, out: Any) -> tuple[Any, Pullback[An
 
 def _rule(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
     return backend.squared_relu_backward(dy, residuals, out)
-
-
-def _resolve(function: str, x: Any, out: Any) -> Backend:
-    """Return the backend, if x and an `out` like it are valid."""
-    backend, _ = resolve(function, "x", x, RELU, floating=True)
-    if out is not None:
-        check_out(function, out, x, "x", (x,), backend)
-    return backend
 
 
 class SquaredReLU(Layer):

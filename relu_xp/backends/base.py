@@ -122,7 +122,7 @@ class Backend:
         is_lower = weight != 1 if x is None else x <= 0
         return self.store(xp.where(is_lower, product, values), out)
 
-    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any, out: Any) -> Any:
+    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any) -> Any:
         """Return the sum of ``x * dy`` where x is at or below 0, in shape and dtype of `weight`.
 
         It is summed in float64 where the library has it; the same inputs give the same bits.
@@ -133,7 +133,7 @@ class Backend:
         axes = tuple(axis for axis, length in enumerate(weight.shape) if length == 1)
         if axes:
             terms = xp.sum(terms, axis=axes, keepdims=True)
-        return self.store(xp.astype(terms, weight.dtype), out)
+        return xp.astype(terms, weight.dtype)
 
     def crelu(self, x: Any, axis: int, out: Any) -> Any:
         """Return ``relu(x)`` and ``relu(-x)``, concatenated along an axis."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_xp.backends.base import concatenated_shape, split
-from relu_xp.backends.numpy import NumpyBackend, round_to, store_sum
+from relu_xp.backends.numpy import NumpyBackend, round_sum, round_to
 from relu_xp.kernels import _cpu as cpu
 from relu_xp.mask import Mask, mask_nbytes
 from relu_xp.parameters import RELU, CastParameters
@@ -58,11 +58,9 @@ class CompiledBackend(NumpyBackend):
             weight = round_to(weight, values.dtype)
         return cpu.prelu(values, x, weight, out)
 
-    def prelu_weight_grad(
-        self, dy: _Array, x: _Array, weight: _Array, out: _Array | None
-    ) -> _Array:
+    def prelu_weight_grad(self, dy: _Array, x: _Array, weight: _Array) -> _Array:
         """Return the gradient with respect to the weight."""
-        return store_sum(cpu.prelu_weight_grad(dy, x, weight.shape), weight.dtype, out)
+        return round_sum(cpu.prelu_weight_grad(dy, x, weight.shape), weight.dtype)
 
     def crelu(self, x: _Array, axis: int, out: _Array | None) -> _Array:
         """Return relu(x) and relu(-x)."""

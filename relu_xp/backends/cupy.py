@@ -107,7 +107,7 @@ class CupyBackend(Backend):
         return out
 
     def prelu_weight_grad(
-        self, dy: cupy.ndarray, x: cupy.ndarray, weight: cupy.ndarray, out: cupy.ndarray | None
+        self, dy: cupy.ndarray, x: cupy.ndarray, weight: cupy.ndarray
     ) -> cupy.ndarray:
         """Return the gradient with respect to the weight.
 
@@ -124,7 +124,7 @@ class CupyBackend(Backend):
             sums = cupy.ndarray((rows, channels, columns), np.float64)
             variant("sums")(dy, x, outer, channels, inner, rows, columns, sums)
             total = cupy.sum(sums, axis=(0, 2)).reshape(weight.shape)
-            gradient = cupy.ndarray(weight.shape, weight.dtype) if out is None else out
+            gradient = cupy.ndarray(weight.shape, weight.dtype)
             variant("round_to")(total, gradient)
         return gradient
 
@@ -179,6 +179,12 @@ class CupyBackend(Backend):
             y = _empty_like(x, x.dtype)
             variant("copy")(x, y)
         return y
+
+    def store(self, result: cupy.ndarray, out: cupy.ndarray) -> cupy.ndarray:
+        """Return `out`, to which a result is written."""
+        with _on_device_of(out):
+            variant("copy")(result, out)
+        return out
 
     def dtype_name(self, dtype: np.dtype[Any]) -> str:
         """Return the dtype's name."""

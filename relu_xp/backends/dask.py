@@ -95,7 +95,7 @@ class DaskBackend(Backend):
         arrays = values, x, _rechunk_weight(weight, like)
         return _blockwise(_chunk_prelu, "prelu", arrays, dtype=dtype)
 
-    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any, out: Any) -> Any:
+    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any) -> Any:
         """Return the gradient with respect to the weight.
 
         The sums of a chunk stay in float64 until Dask has added those of all chunks.
@@ -302,7 +302,7 @@ def _chunk_prelu_weight_grad(summed: tuple[int, ...], dy: Any, x: Any) -> Any:
     _check_chunks(dy, x)
     xp = array_api_compat.array_namespace(x)
     shape = tuple(1 if axis in summed else length for axis, length in enumerate(x.shape))
-    return _chunk("prelu_weight_grad", (), (None,), dy, x, xp.zeros(shape, dtype=xp.float64))
+    return _chunk("prelu_weight_grad", (), (), dy, x, xp.zeros(shape, dtype=xp.float64))
 
 
 def _narrow(dtype: Any, total: Any) -> Any:

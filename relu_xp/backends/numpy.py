@@ -23,7 +23,7 @@ from relu_xp.backends.overlap import check_overlap
 from relu_xp.mask import Mask, mask_nbytes, memory_order, pack, unpack
 from relu_xp.parameters import CastParameters
 
-__all__ = ["NumpyBackend", "round_to", "store_sum"]
+__all__ = ["NumpyBackend", "round_sum", "round_to"]
 
 _Array = npt.NDArray[Any]
 
@@ -94,9 +94,7 @@ class NumpyBackend(Backend):
         return _store(np.where(is_lower, low, values), values, out)
 
     @_silent
-    def prelu_weight_grad(
-        self, dy: _Array, x: _Array, weight: _Array, out: _Array | None
-    ) -> _Array:
+    def prelu_weight_grad(self, dy: _Array, x: _Array, weight: _Array) -> _Array:
         """Return the gradient with respect to the weight.
 
         Parts of whole rows of the first axis are summed by themselves, and then added in turn: the
@@ -115,7 +113,7 @@ class NumpyBackend(Backend):
             )
             to = total[part] if len(total) == len(x) else total
             to += _sum(np.ascontiguousarray(terms), axes)
-        return store_sum(total.reshape(weight.shape), weight.dtype, out)
+        return round_sum(total.reshape(weight.shape), weight.dtype)
 
     @_silent
     def crelu(self, x: _Array, axis: int, out: _Array | None) -> _Array:
@@ -192,13 +190,10 @@ def round_to(x: _Array, dtype: np.dtype[Any]) -> _Array:
         return x.astype(dtype, copy=False)
 
 
-def store_sum(total: _Array, dtype: np.dtype[Any], out: _Array | None) -> _Array:
-    """Return a sum in a dtype, written to `out` if given; every NaN becomes the same one."""
-    gradient = np.empty(total.shape, dtype) if out is None else out
-    with np.errstate(all="ignore"):
-        total[np.isnan(total)] = np.nan
-        gradient[...] = total
-    return gradient
+def round_sum(total: _Array, dtype: np.dtype[Any]) -> _Array:
+    """Return a sum in a dtype; one NaN stands for all of them."""
+    total[np.isnan(total)] = np.nan
+    return round_to(total, dtype)
 
 
 class _Namespace:

@@ -95,11 +95,11 @@ class TorchBackend(Backend):
             return torch.ops.aten.threshold_backward(dy, x, params.threshold)
         return self._backward_from_input(params, grad_params, dy, x.detach(), out)
 
-    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any, out: Any) -> Any:
+    def prelu_weight_grad(self, dy: Any, x: Any, weight: Any) -> Any:
         """Return the gradient with respect to the weight, which holds no graph of autograd."""
         if not _is_recorded() and not any(map(_is_transformed, (dy, x, weight))):
             dy, x, weight = dy.detach(), x.detach(), weight.detach()
-        return self._prelu_weight_grad(dy, x, weight, out)
+        return self._prelu_weight_grad(dy, x, weight)
 
     _forward = _by_numpy("forward")
     _backward_from_input = _by_numpy("backward_from_input")

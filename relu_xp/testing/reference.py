@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, float]] = {
     "thresholded": {"threshold": 1.0},
     "below-zero": {"threshold": -0.5, "negative_slope": 0.25},
     "forum": {"threshold": 0.25, "negative_slope": 0.1, "positive_slope": 2.0},
-    "mirrored": {"positive_slope": -1.0},
+    "falling": {"positive_slope": -1.0},
     "nearly-one": {"positive_slope": 1.0 + 1e-9, "negative_slope": 1e30},
     "negative-ceiling": {"threshold": -2.0, "max_value": -0.5},
     "zero-ceiling": {"threshold": -2.0, "max_value": 0.0, "negative_slope": 0.5},

@@ -23,7 +23,7 @@ each_mask = pytest.mark.parametrize("params", MASKS.values(), ids=MASKS)
 
 # Products, and parameters that a dtype rounds to 0, to infinity or to a subnormal. Where infinity
 # is multiplied by 0, each processor has a NaN of its own.
-PRODUCTS = {name: reference.PRESETS[name] for name in ("leaky", "mirrored", "everything")} | {
+PRODUCTS = {name: reference.PRESETS[name] for name in ("leaky", "falling", "everything")} | {
     "threshold overflows": {"threshold": 1e300, "negative_slope": 1e-40},
     "threshold below all": {"threshold": -1e300, "positive_slope": 2.0, "max_value": 1e-40},
     "ceiling overflows": {"threshold": -1e-40, "max_value": 1e300, "negative_slope": -1.0},

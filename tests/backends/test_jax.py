@@ -11,7 +11,7 @@ from relu_xp.testing import reference
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-NAMES = ("relu", "clipped-leaky", "thresholded", "mirrored", "everything")
+NAMES = ("relu", "clipped-leaky", "thresholded", "falling", "everything")
 PRESETS = [reference.PRESETS[name] for name in NAMES]
 each_preset = pytest.mark.parametrize("params", PRESETS, ids=NAMES)
 

@@ -161,7 +161,7 @@ def other_activations(backend, x, dy, out=None):
             weight = np.resize(WEIGHTS, shape).astype(x.dtype)
         yield "prelu", backend.prelu(x, x, weight, new(x))
         yield "prelu, dy", backend.prelu(dy, x, weight, new(dy))
-        yield "weight", backend.prelu_weight_grad(dy, x, weight, None)
+        yield "weight", backend.prelu_weight_grad(dy, x, weight)
     yield "rrelu", backend.prelu(None, x, weight, new(x))
     yield "rrelu, dy", backend.prelu(dy, None, weight, new(dy))
     a = x.copy("K")
@@ -276,15 +276,14 @@ def test_the_shape_alone_decides_the_order_of_additions(shape, dtypes):
     for kept in itertools.product((False, True), repeat=len(shape)):
         form = [length if keep else 1 for keep, length in zip(kept, shape, strict=True)]
         weight = np.zeros(form)
-        wanted = numpy_backend.prelu_weight_grad(dy, x, weight, None)
+        wanted = numpy_backend.prelu_weight_grad(dy, x, weight)
         terms = np.where(x <= 0, np.float64(x) * dy, 0)
         axes = tuple(axis for axis, length in enumerate(form) if length == 1)
         np.testing.assert_allclose(wanted, terms.sum(axes, keepdims=True), rtol=1e-9, atol=1e-9)
         for order, threads in (("C", 1), ("C", 2), ("F", 3), ("C", 7)):
             with mode("threads", threads):
-                got = compiled_backend.prelu_weight_grad(
-                    np.array(dy, order=order), np.array(x, order=order), weight, None
-                )
+                arrays = np.array(dy, order=order), np.array(x, order=order)
+                got = compiled_backend.prelu_weight_grad(*arrays, weight)
             np.testing.assert_array_equal(bits(got), bits(wanted))
 
 
@@ -380,7 +379,7 @@ class TestLayouts:
                     assert compiled_backend.squared_relu(x, None).shape == x.shape
                     assert compiled_backend.crelu_mask(x).dtype == np.uint8
                     assert compiled_backend.prelu(dy, x, weight, None).shape == x.shape
-                    compiled_backend.prelu_weight_grad(dy, x, weight, None)
+                    compiled_backend.prelu_weight_grad(dy, x, weight)
         unused_strides = (2**62, 4, -(2**61))
         x = values("float32")[:9].copy()
         x = np.lib.stride_tricks.as_strided(x, (1, 9, 1), unused_strides)

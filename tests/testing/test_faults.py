@@ -74,7 +74,7 @@ FAULTS = {
     "rows": fault("rows_by_hand", branch_codes=pass_at_threshold),
     "PReLU, weight": fault(
         "prelu_weight_gradient_sums_what_is_not_above_0",
-        prelu_weight_grad=lambda self, dy, x, weight, out: xp.sum(x * dy, keepdims=True),
+        prelu_weight_grad=lambda self, dy, x, weight: xp.sum(x * dy, keepdims=True),
     ),
     "CReLU, sign": fault("crelu_obeys_the_table", crelu_backward=add_halves),
     "squared ReLU": fault("squared_relu_obeys_the_table", squared_relu_backward=forget_factor),
