@@ -151,11 +151,10 @@ def check_out(
 ) -> None:
     """Refuse an `out` that is not an array like `like`, the `argument`, or cannot be written.
 
-    `inputs` are one or two arrays that it must not overlap, the first of them `like`. `shape` is
-    that of the result, where it is not the shape of `like`.
+    `inputs` are the arrays that it must not overlap. `shape` is that of the result, where it is not
+    the shape of `like`. Callers ask `Backend.is_valid_out` first: this takes longer than a pass
+    over a small array.
     """
-    if shape is None and backend.is_valid_out(out, like, inputs[-1]):
-        return
     if out is not like or shape is not None:
         device, its_backend = backend.device(like), backend_for(function, "out", out)
         check_device(function, "out", out, its_backend, device, f"{argument} is")

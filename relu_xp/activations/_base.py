@@ -89,9 +89,11 @@ class Pullback(Generic[GradientT]):
             function, dy, self._parameters, self._device, self._shape, "forward saw"
         )
         if out is not None:
+            mask = self._mask
             shape = None if self._shape == self._x_shape else self._x_shape
-            inputs = (dy,) if self._mask is None else (dy, self._mask)
-            check_out(function, out, dy, "dy", inputs, self._backend, shape)
+            other = dy if mask is None else mask
+            if shape is not None or not self._backend.is_valid_out(out, dy, other):
+                check_out(function, out, dy, "dy", (dy, other), self._backend, shape)
         gradient: GradientT = self._rule(grad_params, dy, self._residuals, out)
         return gradient
 
@@ -110,7 +112,7 @@ class Pullback(Generic[GradientT]):
 def resolve_floating(function: str, x: Any, out: Any) -> Backend:
     """Return the backend of a floating x, if an `out` like it is valid."""
     backend, _ = resolve(function, "x", x, RELU, floating=True)
-    if out is not None:
+    if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     return backend
 
@@ -123,7 +125,7 @@ def forward(
     Integers are refused if `floating`.
     """
     backend, params = resolve(function, "x", x, parameters, floating)
-    if out is not None:
+    if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(params, x, out)
     return y
@@ -134,7 +136,7 @@ def forward_with_pullback(
 ) -> tuple[ArrayT, Pullback[ArrayT]]:
     """Return ``f(x)`` of the ReLU family and its pullback; an error names `function`."""
     backend, params = resolve(function, "x", x, parameters, floating=True)
-    if out is not None:
+    if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     if mask is not None:
         check_mask(function, mask, x, out, params, backend)

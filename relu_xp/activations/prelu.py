@@ -143,7 +143,7 @@ def _resolve(
             tuple(slice(None) if i == axis else None for i in range(ndim)),
             tuple(slice(None) if i == axis else 0 for i in range(ndim)),
         )
-    if out is not None:
+    if out is not None and not backend.is_valid_out(out, x, weight):
         check_out(function, out, x, "x", (x, weight), backend)
     # With an ellipsis a 0-d array stays an array.
     rule = _Rule((*rule.expand, ...), (*rule.squeeze, ...))
