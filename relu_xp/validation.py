@@ -29,9 +29,12 @@ __all__ = [
     "unknown_length",
 ]
 
-# By parameters, type and dtype. Three lookups take less time than one of a tuple.
-_RESOLVED: dict[Parameters, dict[type, dict[Any, tuple[Backend, CastParameters]]]] = {}
-_MAX_RESOLVED = 1024
+_Resolved = tuple["Backend", CastParameters]
+
+_RESOLVED: dict[tuple[type, Any, Parameters], _Resolved] = {}
+_MAX_RESOLVED = 4096
+# The latest of each type, compared by identity: 0.1 us less of the 0.5 us that a small array takes.
+_LATEST: dict[type, tuple[Any, Parameters, _Resolved]] = {}
 
 
 def resolve(
@@ -47,14 +50,18 @@ def resolve(
         If an integer dtype does not hold the parameters.
     """
     try:
-        resolved = _RESOLVED[parameters][type(array)][array.dtype]
+        dtype, latest, resolved = _LATEST[type(array)]
+        if dtype is not array.dtype or latest is not parameters:
+            dtype = array.dtype
+            resolved = _RESOLVED[type(array), dtype, parameters]
+            _LATEST[type(array)] = dtype, parameters, resolved
     except Exception:  # seen for the first time, or no array
         backend = backend_for(function, argument, array)
         resolved = backend, _cast(function, argument, array, backend, parameters, floating)
         if len(_RESOLVED) >= _MAX_RESOLVED:
             _RESOLVED.clear()
-        by_type = _RESOLVED.setdefault(parameters, {})
-        by_type.setdefault(type(array), {})[array.dtype] = resolved
+        _RESOLVED[type(array), array.dtype, parameters] = resolved
+        _LATEST[type(array)] = array.dtype, parameters, resolved
     if floating and not resolved[1].is_floating:
         raise _no_gradient(function, argument, array, resolved[0])
     return resolved

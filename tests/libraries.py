@@ -144,10 +144,10 @@ def serving_numpy(backend_class):
     from relu_xp import dispatch, validation
 
     backend = backend_class()
-    validation._RESOLVED.clear()
+    validation._RESOLVED.clear(), validation._LATEST.clear()
     with mock.patch.dict(dispatch.BACKENDS, {np.ndarray: backend, np.memmap: backend}):
         yield backend
-    validation._RESOLVED.clear()
+    validation._RESOLVED.clear(), validation._LATEST.clear()
 
 
 class ArrayApiStrict(Library):

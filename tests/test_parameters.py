@@ -234,3 +234,16 @@ def test_equal_parameters_are_equal_whatever_was_cached():
     again = relu_xp.LeakyReLU(0.77).activation
     assert first == again == pickle.loads(pickle.dumps(first)) != relu_xp.ReLU().activation
     assert {first: 1}[again] == 1
+
+
+def test_alternating_parameters_and_dtypes_are_not_confused():
+    """The latest lookup is used again for the same parameters and dtype only."""
+    for _ in range(2):
+        for dtype in (np.float32, np.float16, np.float64):
+            x = np.array([-2.0, 3.0], dtype)
+            assert relu_xp.relu(x).tolist() == [0, 3]
+            assert relu_xp.leaky_relu(x, 0.5).tolist() == [-1, 3]
+            assert relu_xp.relu_backward(x.astype(np.float64), x, max_value=1.0).tolist() == [0, 0]
+        assert relu_xp.relu(np.array([-2, 3])).tolist() == [0, 3]
+        with pytest.raises(TypeError, match=r"^relu_grad: x .*int64"):
+            relu_xp.relu_grad(np.array([-2, 3]))

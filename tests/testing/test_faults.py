@@ -96,6 +96,7 @@ def test_a_wrong_backend_fails(monkeypatch, name, methods):
     fixtures = {"library": library, "dtype": "float32"}
     fixtures = {key: fixtures[key] for key in fixtures if key in test.__annotations__}
     monkeypatch.setattr(validation, "_RESOLVED", {})
+    monkeypatch.setattr(validation, "_LATEST", {})
     backend = type("Faulty", (Backend,), methods)()
     monkeypatch.setitem(dispatch.BACKENDS, type(xp.asarray(0.0)), backend)
 
