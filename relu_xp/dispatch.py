@@ -31,6 +31,7 @@ __all__ = [
     "availability",
     "backend_class",
     "backend_for",
+    "backend_named",
     "format_device",
     "namespace",
     "transfer_hint",
@@ -82,7 +83,7 @@ def backend_for(function: str, argument: str, x: Any) -> Backend:
     kind = type(x)
     backend = BACKENDS.get(kind)
     if backend is None:
-        backend = BACKENDS[kind] = _backend(_library_of(function, argument, x))
+        backend = BACKENDS[kind] = backend_named(_library_of(function, argument, x))
     return backend
 
 
@@ -226,8 +227,11 @@ _BUILT_IN: dict[str, Callable[[], type[Backend]]] = {
 
 
 @functools.cache
-def _backend(library: str) -> Backend:
-    return backend_class(library)()
+def backend_named(library: str) -> Backend:
+    """Return the backend for a library's arrays, always the same one."""
+    backend = backend_class(library)()
+    backend.library = library
+    return backend
 
 
 def _third_party(library: str) -> EntryPoint | None:

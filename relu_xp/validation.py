@@ -11,6 +11,8 @@ import operator
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from relu_xp.dispatch import backend_for, format_device, transfer_hint
 from relu_xp.parameters import CastParameters, Parameters, is_integer
 
@@ -29,7 +31,7 @@ __all__ = [
     "unknown_length",
 ]
 
-_Resolved = tuple["Backend", CastParameters]
+_Resolved = tuple["Backend", CastParameters, bool]  # whether each array is to be checked
 
 _RESOLVED: dict[tuple[type, Any, Parameters], _Resolved] = {}
 _MAX_RESOLVED = 4096
@@ -39,13 +41,16 @@ _LATEST: dict[type, tuple[Any, Parameters, _Resolved]] = {}
 
 def resolve(
     function: str, argument: str, array: Any, parameters: Parameters, floating: bool
-) -> tuple[Backend, CastParameters]:
-    """Return an array's backend, and the parameters in its dtype.
+) -> tuple[Any, Backend, CastParameters]:
+    """Return an array, its backend, and the parameters in its dtype.
+
+    A NumPy scalar is returned as the 0-d array that it stands for.
 
     Raises
     ------
     TypeError
         If it is not an array, or its dtype is not supported: an integer dtype is not if `floating`.
+        Also if the backend cannot take it (`Backend.why_unsupported`).
     ValueError
         If an integer dtype does not hold the parameters.
     """
@@ -56,15 +61,22 @@ def resolve(
             resolved = _RESOLVED[type(array), dtype, parameters]
             _LATEST[type(array)] = dtype, parameters, resolved
     except Exception:  # seen for the first time, or no array
+        if issubclass(type(array), np.generic):
+            return resolve(function, argument, np.asarray(array), parameters, floating)
         backend = backend_for(function, argument, array)
-        resolved = backend, _cast(function, argument, array, backend, parameters, floating)
+        params = _cast(function, argument, array, backend, parameters, floating)
+        resolved = backend, params, backend.checks_arrays or not params.is_floating
         if len(_RESOLVED) >= _MAX_RESOLVED:
             _RESOLVED.clear()
         _RESOLVED[type(array), array.dtype, parameters] = resolved
         _LATEST[type(array)] = array.dtype, parameters, resolved
-    if floating and not resolved[1].is_floating:
-        raise _no_gradient(function, argument, array, resolved[0])
-    return resolved
+    backend, params, is_checked = resolved
+    if is_checked:
+        if floating and not params.is_floating:
+            raise _no_gradient(function, argument, array, backend)
+        if reason := backend.why_unsupported(array):
+            raise TypeError(f"{function}: {argument} {reason[0]}; convert it first, {reason[1]}")
+    return array, backend, params
 
 
 def _cast(
@@ -103,14 +115,14 @@ def check_grad_output(
     device: tuple[str, Hashable],
     shape: tuple[int, ...],
     seen: str,
-) -> CastParameters:
-    """Return the parameters in the dtype of `dy`; refuse another library, device or shape."""
-    backend, grad_params = resolve(function, "dy", dy, parameters, floating=True)
+) -> tuple[Any, CastParameters]:
+    """Return `dy` and the parameters in its dtype; refuse another library, device or shape."""
+    dy, backend, grad_params = resolve(function, "dy", dy, parameters, floating=True)
     if backend.device(dy) != device:  # compared here too: a call is a tenth of a small array's time
         check_device(function, "dy", dy, backend, device, seen)
     if dy.shape != shape:
         check_shape(function, "dy", dy, shape, seen)
-    return grad_params
+    return dy, grad_params
 
 
 def check_device(
@@ -165,6 +177,8 @@ def check_out(
     if out is not like or shape is not None:
         device, its_backend = backend.device(like), backend_for(function, "out", out)
         check_device(function, "out", out, its_backend, device, f"{argument} is")
+        if reason := backend.why_unsupported(out):
+            raise TypeError(f"{function}: out {reason[0]}; give an array like the result")
         if shape is None:
             check_shape(function, "out", out, like.shape, f"{argument} is")
         else:

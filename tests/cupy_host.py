@@ -13,6 +13,7 @@ What this cannot show is speed, races and coalescing.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import ctypes
 import functools
 import hashlib
@@ -241,11 +242,13 @@ def installed():
         (cupy.cuda, "Device"): contextlib.nullcontext,
         (cupy.cuda.runtime, "getDevice"): lambda: 0,
     }
+    pickled = {cupy.ndarray: lambda x: (array, (to_numpy(x),))}
     launches.clear()
     kernels.launcher.cache_clear()
     with contextlib.ExitStack() as stack:
         for (owner, name), replacement in replacements.items():
             stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(cupy.cuda.using_allocator(allocate))
+        stack.enter_context(mock.patch.dict(copyreg.dispatch_table, pickled))
         yield launches
     kernels.launcher.cache_clear()

@@ -144,6 +144,7 @@ def serving_numpy(backend_class):
     from relu_xp import dispatch, validation
 
     backend = backend_class()
+    backend.library = "numpy"
     validation._RESOLVED.clear(), validation._LATEST.clear()
     with mock.patch.dict(dispatch.BACKENDS, {np.ndarray: backend, np.memmap: backend}):
         yield backend

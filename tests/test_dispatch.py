@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 
@@ -20,10 +21,8 @@ LOADED = f"print(*sorted(set({HEAVY.split()!r}) & set(sys.modules)))"
 def no_backends(monkeypatch):
     """No type of array has been seen, and no entry point."""
     monkeypatch.setattr(dispatch, "BACKENDS", {})
-    cached = dispatch._backend
-    cached.cache_clear()
-    yield
-    cached.cache_clear()
+    again = functools.cache(dispatch.backend_named.__wrapped__)
+    monkeypatch.setattr(dispatch, "backend_named", again)
 
 
 # ---- Imports -------------------------------------------------------------------------------------
@@ -84,8 +83,8 @@ def test_each_library_has_its_backend(xp):
 
 def test_a_type_is_looked_up_once(no_backends, monkeypatch, tmp_path):
     loaded = []
-    load = dispatch._backend
-    monkeypatch.setattr(dispatch, "_backend", lambda name: loaded.append(name) or load(name))
+    load = dispatch.backend_named
+    monkeypatch.setattr(dispatch, "backend_named", lambda name: loaded.append(name) or load(name))
     memmap = np.memmap(tmp_path / "x", np.float32, "w+", shape=3)
     for _ in range(2):
         for x in (np.ones(3), memmap):

@@ -154,13 +154,16 @@ def test_the_error_of_a_number_is_the_cause():
     ids=lambda axis: type(axis).__name__,
 )
 def test_an_axis_is_an_integer_of_64_bits(axis):
-    for call in (
+    calls = [
         lambda: relu_xp.crelu(X, axis=axis),
-        lambda: relu_xp.prelu(X, WEIGHT, axis=axis),
         lambda: relu_xp.CReLU(axis),
         lambda: relu_xp.PReLU(axis=axis),
         lambda: relu_xp.PReLU(axis),
-    ):
+        lambda: relu_xp.PReLU((2, axis)),
+    ]
+    if axis is not None:
+        calls += [lambda: relu_xp.prelu(X, WEIGHT, axis=axis)]
+    for call in calls:
         error = ValueError if type(axis) is int else TypeError
         with pytest.raises(error, match="(axis|num_parameters) must be "):
             call()

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
+import numpy as np
+
+from relu_xp.arrays import portable
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters, Parameters
 from relu_xp.validation import check_grad_output, check_mask, check_out, resolve
 
-__all__ = ["Layer", "Pullback", "forward", "forward_with_pullback", "resolve_floating"]
+__all__ = ["Layer", "Pullback", "Rule", "forward", "forward_with_pullback", "resolve_floating"]
 
 ArrayT = TypeVar("ArrayT")
 GradientT = TypeVar("GradientT", covariant=True)
 
 
-class Rule(Protocol):
+class Gradient(Protocol):
     """The gradient of one activation; the parameters are cast to the dtype of `dy`."""
 
     def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any: ...
 
 
+class Rule(NamedTuple):
+    """A `Gradient` made of a function and its first arguments.
+
+    Unlike `functools.partial` two of them compare by value, on which JAX depends: two pullbacks
+    with equal rules have one structure, for which nothing is compiled again.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
+        """Return the gradient."""
+        return self.function(*self.arguments, dy, residuals, out)
+
+
 class Pullback(Generic[GradientT]):
     """The gradient of one forward pass, as a function; it may be called any number of times.
 
-    Made by the functions whose name ends in ``_vjp``.
+    Made by the functions whose name ends in ``_vjp``. It can be pickled and copied; for JAX it is a
+    pytree, whose leaves are what is kept for the gradient.
     """
-
-    __slots__ = (
-        "_backend",
-        "_device",
-        "_mask",
-        "_parameters",
-        "_residuals",
-        "_rule",
-        "_shape",
-        "_x_shape",
-    )
 
     def __init__(
         self,
-        rule: Rule,
+        rule: Gradient,
         backend: Backend,
         parameters: Parameters,
         x: Any,
@@ -85,7 +95,7 @@ class Pullback(Generic[GradientT]):
 
     def backward(self, function: str, dy: Any, out: Any) -> GradientT:
         """Return the gradient; an error names `function`."""
-        grad_params = check_grad_output(
+        dy, grad_params = check_grad_output(
             function, dy, self._parameters, self._device, self._shape, "forward saw"
         )
         if out is not None:
@@ -109,12 +119,12 @@ class Pullback(Generic[GradientT]):
         return self._backend.residuals_nbytes(self._residuals)
 
 
-def resolve_floating(function: str, x: Any, out: Any) -> Backend:
-    """Return the backend of a floating x, if an `out` like it is valid."""
-    backend, _ = resolve(function, "x", x, RELU, floating=True)
+def resolve_floating(function: str, x: Any, out: Any) -> tuple[Any, Backend]:
+    """Return a floating x and its backend, if an `out` like it is valid."""
+    x, backend, _ = resolve(function, "x", x, RELU, floating=True)
     if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
-    return backend
+    return x, backend
 
 
 def forward(
@@ -124,7 +134,7 @@ def forward(
 
     Integers are refused if `floating`.
     """
-    backend, params = resolve(function, "x", x, parameters, floating)
+    x, backend, params = resolve(function, "x", x, parameters, floating)
     if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     y: ArrayT = backend.forward(params, x, out)
@@ -135,28 +145,38 @@ def forward_with_pullback(
     function: str, parameters: Parameters, x: ArrayT, out: ArrayT | None, mask: Any
 ) -> tuple[ArrayT, Pullback[ArrayT]]:
     """Return ``f(x)`` of the ReLU family and its pullback; an error names `function`."""
-    backend, params = resolve(function, "x", x, parameters, floating=True)
+    x, backend, params = resolve(function, "x", x, parameters, floating=True)
     if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     if mask is not None:
         check_mask(function, mask, x, out, params, backend)
     y, residuals = backend.forward_with_mask(params, x, out, mask)
+    if mask is not None:
+        mask = residuals.data  # what of it is in use
     return y, Pullback(backend.backward, backend, parameters, x, residuals, None, mask)
 
 
-class Layer:
-    """A forward pass, and the gradient of the latest one."""
+_PICKLED: Literal["pickled"] = "pickled"  # in place of the pullback, which a pickle leaves out
 
-    _pullback: Pullback[Any] | None = None  # of the class, so that an unpickled layer has it too
+
+class Layer:
+    """A forward pass, and the gradient of the latest one.
+
+    A copy has what is saved between the passes; a pickle does not.
+    """
+
+    _pullback: Pullback[Any] | Literal["pickled"] | None = None
     _inplace = False
     _keeps_shape = True  # whether y has the shape of x
 
-    @property
+    # A subclass may assign other lists.
+
+    @functools.cached_property
     def params(self) -> list[Any]:
         """The arrays that are learned."""
         return []
 
-    @property
+    @functools.cached_property
     def grads(self) -> list[Any]:
         """The gradient of each of them, from the latest `backward`."""
         return []
@@ -183,7 +203,8 @@ class Layer:
         ValueError
             If Dask does not know the size of x before it is computed.
         """
-        return 0 if self._pullback is None else self._pullback.saved_nbytes
+        pullback = self._pullback
+        return pullback.saved_nbytes if isinstance(pullback, Pullback) else 0
 
     # A subclass defines both, or `forward` itself. They return y, in training with its pullback.
     _forward: Callable[[Any, Any], Any]
@@ -248,11 +269,12 @@ class Layer:
             If `dy` or `out` does not match the latest `forward`. What is saved is then kept.
         """
         pullback = self._pullback
-        if pullback is None:
+        if not isinstance(pullback, Pullback):
+            was_pickled = "; a pickle of a layer leaves that out" * (pullback == _PICKLED)
             raise RuntimeError(
-                "backward: nothing is saved; call forward(x) first (with training=True), once for "
-                "each backward. backward(dy, retain=True) keeps it for another call; "
-                "use relu_xp.relu_vjp for a layer that is used twice in one pass"
+                f"backward: nothing is saved{was_pickled}; call forward(x) first (with "
+                "training=True), once for each backward. backward(dy, retain=True) keeps it for "
+                "another call; use relu_xp.relu_vjp for a layer that is used twice in one pass"
             )
         if self._inplace:
             out = self._out_in_place("backward", dy, out)
@@ -266,6 +288,11 @@ class Layer:
 
     @staticmethod
     def _out_in_place(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
+        if issubclass(type(array), np.generic):
+            raise TypeError(
+                f"{function}: a NumPy scalar cannot be overwritten, got {type(array).__name__}; "
+                "make the layer without inplace, or give a 0-d array"
+            )
         if out is not None and out is not array:
             raise ValueError(
                 f"{function}: out was given, but a layer with inplace=True writes into its "
@@ -280,5 +307,23 @@ class Layer:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_pullback", None)  # an array on a device, and of one pass only
+        if self._pullback is not None:  # as large as a batch, and maybe on a device
+            state["_pullback"] = _PICKLED
+        for name in ("params", "grads"):
+            if name in state:
+                state[name] = portable(state[name])
         return state
+
+    def __copy__(self) -> Self:
+        again = type(self).__new__(type(self))
+        again.__dict__.update(self.__dict__)
+        for name in ("params", "grads"):  # the lists are the copy's own, the arrays are shared
+            if name in again.__dict__:
+                again.__dict__[name] = copy.copy(again.__dict__[name])
+        return again
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        again = type(self).__new__(type(self))
+        memo[id(self)] = again  # an attribute may lead back to the layer
+        again.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return again

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, TypeVar, cast
 
-from relu_xp.activations._base import Layer, Pullback
+from relu_xp.activations._base import Layer, Pullback, Rule
 from relu_xp.backends.base import Backend, concatenated_shape
-from relu_xp.parameters import RELU, CastParameters
+from relu_xp.parameters import RELU
 from relu_xp.validation import as_axis, as_integer, check_out, resolve, unknown_length
 
 __all__ = ["CReLU", "crelu", "crelu_vjp"]
@@ -76,33 +75,31 @@ def crelu_vjp(
 
 
 def _crelu(function: str, x: Any, axis: int, out: Any) -> Any:
-    backend, axis = _resolve(function, x, axis, out)
+    x, backend, axis = _resolve(function, x, axis, out)
     return backend.crelu(x, axis, out)
 
 
 def _crelu_vjp(function: str, x: Any, axis: int, out: Any) -> tuple[Any, Pullback[Any]]:
-    backend, axis = _resolve(function, x, axis, out)
+    x, backend, axis = _resolve(function, x, axis, out)
     mask = backend.crelu_mask(x)
     y = backend.crelu(x, axis, out)
     shape = concatenated_shape(x.shape, axis)
-    return y, Pullback(partial(_rule, backend, axis), backend, RELU, x, mask, shape)
+    return y, Pullback(Rule(_gradient, (backend, axis)), backend, RELU, x, mask, shape)
 
 
-def _rule(
-    backend: Backend, axis: int, params: CastParameters, dy: Any, residuals: Any, out: Any, /
-) -> Any:
+def _gradient(backend: Backend, axis: int, dy: Any, residuals: Any, out: Any) -> Any:
     return backend.crelu_backward(dy, residuals, axis, out)
 
 
-def _resolve(function: str, x: Any, axis: int, out: Any) -> tuple[Backend, int]:
-    """Return the backend, and the axis counted from the first, if x and `out` are valid."""
-    backend, _ = resolve(function, "x", x, RELU, floating=True)
+def _resolve(function: str, x: Any, axis: int, out: Any) -> tuple[Any, Backend, int]:
+    """Return x, its backend, and the axis counted from the first, if x and `out` are valid."""
+    x, backend, _ = resolve(function, "x", x, RELU, floating=True)
     axis = as_axis(function, x, axis)
     if math.isnan(x.shape[axis]):
         raise unknown_length(function, axis)
     if out is not None:
         check_out(function, out, x, "x", (x,), backend, concatenated_shape(x.shape, axis))
-    return backend, axis
+    return x, backend, axis
 
 
 class CReLU(Layer):

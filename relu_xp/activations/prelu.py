@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
-import array_api_compat
 import numpy as np
 
-from relu_xp.activations._base import Layer, Pullback
-from relu_xp.arrays import to_numpy
+from relu_xp.activations._base import Layer, Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.dispatch import backend_for
-from relu_xp.parameters import RELU, CastParameters, as_real
+from relu_xp.parameters import RELU, as_real
 from relu_xp.validation import as_axis, as_integer, check_device, check_out, resolve, unknown_length
 
 __all__ = ["PReLU", "prelu", "prelu_vjp"]
@@ -22,7 +19,9 @@ __all__ = ["PReLU", "prelu", "prelu_vjp"]
 ArrayT = TypeVar("ArrayT")
 
 
-def prelu(x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = None) -> ArrayT:
+def prelu(
+    x: ArrayT, weight: ArrayT, /, *, axis: int | None = None, out: ArrayT | None = None
+) -> ArrayT:
     """Return the parametric ReLU: a leaky ReLU whose negative slope is learned (He et al., 2015).
 
     ``f(x) = weight * x`` where ``x <= 0``, else x.
@@ -31,11 +30,15 @@ def prelu(x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = N
     ----------
     x : array, any shape
         float16, bfloat16, float32 or float64.
-    weight : array, shape (), (1,) or (x.shape[axis],), library and device of `x`
-        The slope for all of x, or one for each channel; any floating dtype. It is rounded to the
-        dtype of `x` first, and a slope of 0 then means exactly +0.
+    weight : array, library and device of `x`
+        One slope, of shape () or (1,); one for each channel, of shape ``(x.shape[axis],)``; or an
+        array with two or more axes that broadcasts to the shape of `x` as in NumPy, such as
+        ``(64, 1, 1)`` or ``x.shape[1:]``. Any floating dtype: it is rounded to that of `x` first,
+        and a slope of 0 then means exactly +0.
     axis : int, optional
-        Where the channels are; the second axis by default.
+        Where the channels are, for a weight with one axis. By default the second axis, or the last
+        one if the weight has the length of that one only. For ONNX and NumPy, which broadcast such
+        a weight along the last axis always, give -1.
     out : array, like `x`, optional
         Where to write the result: `x` itself, or an array that shares no memory with it.
 
@@ -64,7 +67,7 @@ def prelu(x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = N
 
 
 def prelu_vjp(
-    x: ArrayT, weight: ArrayT, /, *, axis: int = 1, out: ArrayT | None = None
+    x: ArrayT, weight: ArrayT, /, *, axis: int | None = None, out: ArrayT | None = None
 ) -> tuple[ArrayT, Pullback[tuple[ArrayT, ArrayT]]]:
     """Return `prelu` and a function for its gradients.
 
@@ -91,73 +94,87 @@ def prelu_vjp(
     return _prelu_vjp("prelu_vjp", x, weight, axis, out)
 
 
-def _prelu(function: str, x: Any, weight: Any, axis: int, out: Any, name: str = "weight") -> Any:
-    backend, weight, _ = _resolve(function, x, weight, axis, out, name)
-    return backend.prelu(x, x, weight, out)
+def _prelu(
+    function: str, x: Any, weight: Any, axis: int | None, out: Any, name: str = "weight"
+) -> Any:
+    x, backend, _, expanded = _resolve(function, x, weight, axis, out, name)
+    return backend.prelu(x, x, expanded, out)
 
 
 def _prelu_vjp(
-    function: str, x: Any, weight: Any, axis: int, out: Any, name: str = "weight"
+    function: str, x: Any, weight: Any, axis: int | None, out: Any, name: str = "weight"
 ) -> tuple[Any, Pullback[Any]]:
-    backend, weight, rule = _resolve(function, x, weight, axis, out, name)
-    residuals = backend.copy(x), backend.copy(weight)  # first, since out may be x
-    y = backend.prelu(x, x, weight, out)
-    return y, Pullback(partial(rule.gradients, backend), backend, RELU, x, residuals)
+    x, backend, shape, expanded = _resolve(function, x, weight, axis, out, name)
+    residuals = backend.copy(x), backend.copy(expanded)  # first, since out may be x
+    y = backend.prelu(x, x, expanded, out)
+    return y, Pullback(Rule(_gradients, (backend, shape)), backend, RELU, x, residuals)
 
 
-class _Rule(NamedTuple):
-    """The gradients, and the indices that expand a weight to the axes of x and squeeze it back."""
+def _gradients(
+    backend: Backend, shape: tuple[int, ...], dy: Any, residuals: Any, out: Any
+) -> tuple[Any, Any]:
+    """Return dx, and the weight's gradient in a shape."""
+    x, weight = residuals
+    weight_grad = backend.prelu_weight_grad(dy, x, weight)  # first, since out may be dy
+    return backend.prelu(dy, x, weight, out), _reshape(backend, weight_grad, shape)
 
-    expand: tuple[Any, ...]
-    squeeze: tuple[Any, ...]
 
-    def gradients(
-        self, backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /
-    ) -> Any:
-        """Return dx and the weight's gradient, which comes first, since out may be dy."""
-        x, weight = residuals
-        weight_grad = backend.prelu_weight_grad(dy, x, weight)[self.squeeze]
-        return backend.prelu(dy, x, weight, out), weight_grad
+def _reshape(backend: Backend, array: Any, shape: tuple[int, ...]) -> Any:
+    return array if array.shape == shape else backend.namespace(array).reshape(array, shape)
 
 
 def _resolve(
-    function: str, x: Any, weight: Any, axis: int, out: Any, name: str
-) -> tuple[Backend, Any, _Rule]:
-    """Return the backend, a weight with as many axes as x, and the rule, if all is valid."""
-    backend, _ = resolve(function, "x", x, RELU, floating=True)
-    its_backend, _ = resolve(function, name, weight, RELU, floating=True)
+    function: str, x: Any, weight: Any, axis: int | None, out: Any, name: str
+) -> tuple[Any, Backend, tuple[int, ...], Any]:
+    """Return x, its backend, the weight's shape, and the weight with as many axes as x."""
+    x, backend, _ = resolve(function, "x", x, RELU, floating=True)
+    weight, its_backend, _ = resolve(function, name, weight, RELU, floating=True)
     check_device(function, name, weight, its_backend, backend.device(x), "x is")
-    ndim = len(x.shape)
-    axis = as_integer(f"{function}: axis", axis)
-    if len(weight.shape) > 1:
-        raise ValueError(
-            f"{function}: {name} has shape {tuple(weight.shape)}; give one slope, or an array "
-            "with one axis, that of the channels"
-        )
-    rule = _Rule((None,) * ndim, (0,) * ndim)
-    if len(weight.shape) and not ndim and weight.shape[0] == 1:
-        rule = _Rule((0,), (None,))
-    elif len(weight.shape):
-        axis = 0 if weight.shape[0] == 1 else _channel_axis(function, name, x, weight, axis)
-        rule = _Rule(
-            tuple(slice(None) if i == axis else None for i in range(ndim)),
-            tuple(slice(None) if i == axis else 0 for i in range(ndim)),
-        )
+    if axis is not None:
+        axis = as_integer(f"{function}: axis", axis)
+    shape = tuple(weight.shape)
+    expanded = _reshape(backend, weight, _expanded_shape(function, name, x, shape, axis))
     if out is not None and not backend.is_valid_out(out, x, weight):
         check_out(function, out, x, "x", (x, weight), backend)
-    # With an ellipsis a 0-d array stays an array.
-    rule = _Rule((*rule.expand, ...), (*rule.squeeze, ...))
-    return backend, weight[rule.expand], rule
+    return x, backend, shape, expanded
 
 
-def _channel_axis(function: str, name: str, x: Any, weight: Any, axis: int) -> int:
+def _expanded_shape(
+    function: str, name: str, x: Any, shape: tuple[int, ...], axis: int | None
+) -> tuple[int, ...]:
+    """Return the shape that a weight gets: with an axis for each one of x."""
+    ndim = len(x.shape)
+    if shape in ((), (1,)):
+        return (1,) * ndim
+    if len(shape) == 1:
+        axis = _channel_axis(function, name, x, shape[0], axis)
+        return (1,) * axis + shape + (1,) * (ndim - axis - 1)
+    expanded = (1,) * (ndim - len(shape)) + shape
+    for i, (own, length) in enumerate(zip(expanded, x.shape, strict=False)):
+        if own != 1 and math.isnan(length):
+            raise unknown_length(function, i)
+    if len(shape) > ndim or any(
+        own not in (1, length) for own, length in zip(expanded, x.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{function}: {name} has shape {shape}, which does not broadcast to the shape of x, "
+            f"{tuple(x.shape)}; give one slope, one for each channel, or a shape that does"
+        )
+    return expanded
+
+
+def _channel_axis(function: str, name: str, x: Any, count: int, axis: int | None) -> int:
     """Return the axis of x that has a channel for each of the slopes."""
+    if axis is None:
+        second, last = x.shape[1:2], x.shape[-1:]
+        fits_last = count in last and count not in second and not any(map(math.isnan, second))
+        axis = -1 if fits_last or not second else 1
     axis = as_axis(function, x, axis)
     if math.isnan(x.shape[axis]):
         raise unknown_length(function, axis)
-    if weight.shape[0] != x.shape[axis]:
+    if count != x.shape[axis]:
         raise ValueError(
-            f"{function}: {name} has {weight.shape[0]} slopes, but x has {x.shape[axis]} channels "
+            f"{function}: {name} has {count} slopes, but x has {x.shape[axis]} channels "
             f"along axis {axis} (shape {tuple(x.shape)})"
         )
     return axis
@@ -175,17 +192,19 @@ class PReLU(Layer):
     arrays cannot be written).
 
     The weight lies in one library. For another one make the layer with `xp`, or move it:
-    ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle it is a NumPy array; `repr`
-    shows neither its values nor its library.
+    ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle an array on a GPU becomes a
+    NumPy array; collect the layer's arrays again after that. `repr` shows neither the values nor
+    the library.
 
     Parameters
     ----------
-    num_parameters : int, optional
-        1 for one slope, or the number of channels.
+    num_parameters : int or tuple of int, optional
+        1 for one slope, the number of channels, or the weight's shape: as for `prelu`, for example
+        ``(64, 1, 1)``.
     init : float, optional
         The first value of every slope.
     axis : int, optional
-        Where the channels are; the second axis by default.
+        Where the channels are, for a weight with one axis; the second axis by default.
     xp : module, optional
         Array API namespace of the weight; NumPy by default.
     dtype : dtype of that library, optional
@@ -196,8 +215,8 @@ class PReLU(Layer):
     Raises
     ------
     TypeError, ValueError
-        If a number is of the wrong kind, `num_parameters` below 1, or `init` not finite in `dtype`;
-        TypeError also if `xp` is no array library, or `dtype` not a floating one.
+        If a number is of the wrong kind, one in `num_parameters` below 1, or `init` not finite in
+        `dtype`; TypeError also if `xp` is no array library, or `dtype` not a floating one.
 
     Examples
     --------
@@ -213,7 +232,7 @@ class PReLU(Layer):
 
     def __init__(
         self,
-        num_parameters: int = 1,
+        num_parameters: int | Sequence[int] = 1,
         init: float = 0.25,
         axis: int = 1,
         *,
@@ -221,9 +240,11 @@ class PReLU(Layer):
         dtype: Any = None,
         inplace: bool = False,
     ) -> None:
-        self._count = as_integer("num_parameters", num_parameters)
-        if self._count < 1:
+        lengths = num_parameters if isinstance(num_parameters, tuple | list) else [num_parameters]
+        shape = tuple([as_integer("num_parameters", length) for length in lengths])
+        if shape and min(shape) < 1:
             raise ValueError(f"num_parameters must be at least 1, got {num_parameters}")
+        self._count = shape[0] if len(shape) == 1 else shape
         self._init = as_real("init", init)
         self._axis = as_integer("axis", axis)
         self.inplace = inplace
@@ -233,62 +254,31 @@ class PReLU(Layer):
             )
         dtype = xp.float32 if dtype is None else dtype
         with np.errstate(all="ignore"):
-            weight = xp.full((self._count,), self._init, dtype=dtype)
+            weight = xp.full(shape, self._init, dtype=dtype)
         resolve("PReLU", "the weight", weight, RELU, floating=True)  # refuses other dtypes
-        if not math.isfinite(float(weight[0])):
+        if not math.isfinite(float(weight[(0,) * len(shape)])):
             raise ValueError(f"init must be finite in {weight.dtype}, got {init}")
-        self._params = [weight]
-        self._grads = [xp.zeros((self._count,), dtype=dtype)]
-
-    @property
-    def params(self) -> list[Any]:
-        """``[weight]``, shape (num_parameters,)."""
-        return self._params
-
-    @property
-    def grads(self) -> list[Any]:
-        """``[gradient]``, likewise; 0 before the first `backward`."""
-        return self._grads
+        self.params = [weight]
+        self.grads = [xp.zeros(shape, dtype=dtype)]
 
     def _forward(self, x: Any, out: Any) -> Any:
-        return _prelu("forward", x, self._params[0], self._axis, out, _WEIGHT)
+        return _prelu("forward", x, self._weight(), self._axis, out, _WEIGHT)
 
     def _forward_with_pullback(self, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
-        return _prelu_vjp("forward", x, self._params[0], self._axis, out, _WEIGHT)
+        return _prelu_vjp("forward", x, self._weight(), self._axis, out, _WEIGHT)
+
+    def _weight(self) -> Any:
+        if not self.params:
+            raise ValueError("forward: layer.params is empty; its first array is PReLU's weight")
+        return self.params[0]
 
     def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
         dx, weight_grad = pullback.backward("backward", dy, out)
-        self._grads[0] = _store(self._grads[0], weight_grad, (dy, dx))
+        self.grads[:1] = [_store(next(iter(self.grads), None), weight_grad, (dy, dx))]
         return dx
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()
-        for name in ("_params", "_grads"):  # a machine that loads it may have no GPU
-            state[name] = [_on_the_host(array) for array in state[name]]
-        return state
-
-    def __copy__(self) -> PReLU:
-        again = type(self).__new__(type(self))
-        again.__dict__.update(super().__getstate__())
-        again._params, again._grads = list(self._params), list(self._grads)
-        return again
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PReLU:
-        again = type(self).__new__(type(self))
-        again.__dict__.update(copy.deepcopy(super().__getstate__(), memo))
-        return again
 
     def __repr__(self) -> str:
         return self._repr(str(self._count), f"init={self._init}", f"axis={self._axis}")
-
-
-def _on_the_host(array: Any) -> Any:
-    """Return an array as a NumPy array; where NumPy has no such dtype, of float32."""
-    try:
-        return to_numpy(array)
-    except TypeError:
-        xp = array_api_compat.array_namespace(array)
-        return to_numpy(xp.astype(array, xp.float32))
 
 
 def _store(array: Any, weight_grad: Any, others: tuple[Any, Any]) -> Any:

@@ -110,7 +110,7 @@ def relu_grad(
         As `relu`; also TypeError for an integer `x`.
     """
     parameters = make_parameters(negative_slope, threshold, positive_slope, max_value)
-    backend, params = resolve("relu_grad", "x", x, parameters, floating=True)
+    x, backend, params = resolve("relu_grad", "x", x, parameters, floating=True)
     if out is not None and not backend.is_valid_out(out, x, x):
         check_out("relu_grad", out, x, "x", (x,), backend)
     gradient: ArrayT = backend.backward_from_input(params, params, None, x, out)
@@ -157,10 +157,10 @@ def relu_backward(
         or shapes.
     """
     parameters = make_parameters(negative_slope, threshold, positive_slope, max_value)
-    backend, params = resolve("relu_backward", "x", x, parameters, floating=True)
+    x, backend, params = resolve("relu_backward", "x", x, parameters, floating=True)
     shape = cast(Any, x).shape
     device = backend.device(x)
-    grad_params = check_grad_output("relu_backward", dy, parameters, device, shape, "x is")
+    dy, grad_params = check_grad_output("relu_backward", dy, parameters, device, shape, "x is")
     if out is not None and not backend.is_valid_out(out, dy, x):
         check_out("relu_backward", out, dy, "dy", (dy, x), backend)
     dx: ArrayT = backend.backward_from_input(params, grad_params, dy, x, out)

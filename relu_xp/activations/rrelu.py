@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -11,12 +10,13 @@ import numpy as np
 from relu_xp.activations._base import (
     Layer,
     Pullback,
+    Rule,
     forward,
     forward_with_pullback,
     resolve_floating,
 )
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import RELU, CastParameters, Parameters, as_real, make_parameters
+from relu_xp.parameters import RELU, Parameters, as_real, make_parameters
 from relu_xp.validation import check_device, check_shape, resolve
 
 __all__ = ["RReLU", "rrelu", "rrelu_vjp"]
@@ -77,7 +77,7 @@ def rrelu(
     bounds, mean = _check_bounds(lower, upper)
     if rng is None:
         return forward("rrelu", mean, x, out, floating=True)
-    backend = resolve_floating("rrelu", x, out)
+    x, backend = resolve_floating("rrelu", x, out)
     slopes = _random_slopes("rrelu", backend, x, bounds, rng)
     return cast(ArrayT, backend.prelu(x, x, slopes, out))
 
@@ -131,14 +131,14 @@ def _rrelu_vjp(
     function: str, x: Any, bounds: tuple[float, float], rng: Any, out: Any
 ) -> tuple[Any, Pullback[Any]]:
     """Return `rrelu` with random slopes, and its pullback."""
-    backend = resolve_floating(function, x, out)
+    x, backend = resolve_floating(function, x, out)
     slopes = _random_slopes(function, backend, x, bounds, rng)
     derivative = backend.prelu(None, x, slopes, None)  # first, since out may be x
     y = backend.prelu(x, None, derivative, out)
-    return y, Pullback(partial(_rule, backend), backend, RELU, x, derivative)
+    return y, Pullback(Rule(_gradient, (backend,)), backend, RELU, x, derivative)
 
 
-def _rule(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
+def _gradient(backend: Backend, dy: Any, residuals: Any, out: Any) -> Any:
     return backend.prelu(dy, None, residuals, out)
 
 
@@ -156,7 +156,7 @@ def _random_slopes(
     except ValueError as error:
         raise ValueError(f"{function}: {error}") from error
     what = "what rng returned"
-    its_backend, _ = resolve(function, what, slopes, RELU, floating=True)
+    slopes, its_backend, _ = resolve(function, what, slopes, RELU, floating=True)
     check_device(function, what, slopes, its_backend, backend.device(x), "x is")
     check_shape(function, what, slopes, x.shape, "x has")
     return slopes

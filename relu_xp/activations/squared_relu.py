@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, TypeVar, cast
 
-from relu_xp.activations._base import Layer, Pullback, resolve_floating
+from relu_xp.activations._base import Layer, Pullback, Rule, resolve_floating
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import RELU, CastParameters
+from relu_xp.parameters import RELU
 
 __all__ = ["SquaredReLU", "squared_relu", "squared_relu_vjp"]
 
@@ -68,17 +67,18 @@ def squared_relu_vjp(x: ArrayT, /, *, out: ArrayT | None = None) -> tuple[ArrayT
 
 
 def _squared_relu(function: str, x: Any, out: Any) -> Any:
-    return resolve_floating(function, x, out).squared_relu(x, out)
+    x, backend = resolve_floating(function, x, out)
+    return backend.squared_relu(x, out)
 
 
 def _squared_relu_vjp(function: str, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
-    backend = resolve_floating(function, x, out)
+    x, backend = resolve_floating(function, x, out)
     residuals = backend.copy(x)  # first, since out may be x
     y = backend.squared_relu(x, out)
-    return y, Pullback(partial(_rule, backend), backend, RELU, x, residuals)
+    return y, Pullback(Rule(_gradient, (backend,)), backend, RELU, x, residuals)
 
 
-def _rule(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
+def _gradient(backend: Backend, dy: Any, residuals: Any, out: Any) -> Any:
     return backend.squared_relu_backward(dy, residuals, out)
 
 

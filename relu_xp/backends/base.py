@@ -33,7 +33,18 @@ class Backend:
     ``out`` is None, or an array that `check_out` has accepted: the result is written there, and
     `out` is returned. Otherwise the result is a new array, in the layout of x, or of dy where
     there is no x, if the library has layouts. No other argument is written.
+
+    Attributes
+    ----------
+    library : str
+        The name by which `relu_xp.dispatch.backend_named` returns this object: a pickle contains
+        that name only.
+    checks_arrays : bool
+        Whether `why_unsupported` is to be called for every array.
     """
+
+    library = ""
+    checks_arrays = False
 
     # ReLU with its four parameters
 
@@ -195,6 +206,14 @@ class Backend:
         """Return a dtype's standard name, for example ``"float32"``."""
         return str(dtype).rpartition(".")[2]
 
+    def why_unsupported(self, x: Any) -> tuple[str, str] | None:
+        """Return None if the passes can take x, whatever its dtype; else why not, and a remedy.
+
+        Both are words for a message: the first follows the name of the argument, the second
+        ``convert it first,``.
+        """
+        return None
+
     def device(self, x: Any) -> tuple[str, Hashable]:
         """Return the library's name and the device, which is None where all arrays share one."""
         library = array_api_compat.array_namespace(x, use_compat=False).__name__
@@ -260,6 +279,11 @@ class Backend:
         if isinstance(residuals, tuple):
             return sum(map(self.residuals_nbytes, residuals))
         return int(math.prod(residuals.shape)) * _itemsize(self.dtype_name(residuals.dtype))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from relu_xp.dispatch import backend_named  # which imports this module
+
+        return backend_named, (self.library,)
 
 
 def concatenated_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:

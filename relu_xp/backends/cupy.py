@@ -114,9 +114,14 @@ class CupyBackend(Backend):
         The sums of `_SUMS` threads are added up in turn, without an atomic operation: the same
         inputs give the same bits.
         """
-        axis = next((axis for axis, length in enumerate(weight.shape) if length > 1), 0)
+        kept = [axis for axis, length in enumerate(weight.shape) if length > 1]
+        if kept and kept != list(range(kept[0], kept[-1] + 1)):
+            # The kernel has one run of axes that are kept: here they become the last ones.
+            summed = [axis for axis in range(x.ndim) if axis not in kept]
+            dy, x = dy.transpose(summed + kept), x.transpose(summed + kept)
+            kept = list(range(len(summed), x.ndim))
         channels = weight.size
-        outer = math.prod(x.shape[:axis]) if channels > 1 else 1
+        outer = math.prod(x.shape[: kept[0]]) if kept else 1
         inner = x.size // max(1, outer * channels)
         columns = max(1, min(inner, _SUMS // max(1, channels)))
         rows = max(1, min(outer, _SUMS // max(1, channels * columns)))

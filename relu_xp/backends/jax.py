@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from relu_xp.activations._base import Pullback
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters
 
@@ -70,6 +71,20 @@ class JaxBackend(Backend):
     def device(self, x: Any) -> tuple[str, None]:
         """Return the library: JAX moves arrays itself, and one that is traced has no device."""
         return "jax", None
+
+
+def _flatten(pullback: Pullback[Any]) -> tuple[tuple[Any], tuple[Any, ...]]:
+    state = dict(vars(pullback))
+    return (state.pop("_residuals"),), tuple(state.items())
+
+
+def _unflatten(items: tuple[Any, ...], children: tuple[Any]) -> Pullback[Any]:
+    pullback: Pullback[Any] = Pullback.__new__(Pullback)
+    vars(pullback).update(items, _residuals=children[0])
+    return pullback
+
+
+jax.tree_util.register_pytree_node(Pullback, _flatten, _unflatten)
 
 
 def _run(function: Callable[..., Any], params: list[CastParameters], *arrays: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import array_api_compat.torch
 import numpy as np
 import torch
+import torch.masked
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
@@ -51,6 +52,8 @@ def _by_numpy(name: str) -> Callable[..., Any]:
 
 class TorchBackend(Backend):
     """PyTorch tensors; by public names of PyTorch only."""
+
+    checks_arrays = True
 
     def __init__(self) -> None:
         self._numpy = backend_for("torch", "x", np.empty(0))
@@ -114,6 +117,17 @@ class TorchBackend(Backend):
     def namespace(self, x: Any) -> Any:
         """Return PyTorch in the array API standard."""
         return array_api_compat.torch
+
+    def why_unsupported(self, x: Any) -> tuple[str, str] | None:
+        """Return a reason for a layout other than PyTorch's usual one."""
+        if isinstance(x, torch.masked.MaskedTensor):
+            return "is a MaskedTensor, whose mask would be lost", "by its method get_data()"
+        if x.is_nested:
+            return "is a nested tensor, which has no shape", "by its method to_padded_tensor(0.0)"
+        if x.layout is not torch.strided:
+            layout = f"has the layout {x.layout}, which is not supported"
+            return layout, "by its method to_dense()"
+        return None
 
     def device(self, x: Any) -> tuple[str, torch.device]:
         """Return the library and the device."""

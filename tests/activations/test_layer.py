@@ -1,10 +1,8 @@
-"""A layer: what is saved once and consumed once, what is written, and what travels."""
+"""A layer: what is saved once and consumed once, and what is written."""
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import weakref
 
 import numpy as np
@@ -111,32 +109,6 @@ def test_nothing_of_the_callers_is_kept_alive():
     gc.collect()
     assert {reference() for reference in references} == {None}
     assert all(layer.saved_nbytes > 0 for layer in layers)
-
-
-@each_row
-def test_parameters_travel_and_what_is_saved_does_not(row):
-    layer = row.make_layer(NumPy)
-    layer.note = "a user's own attribute"
-    x = -np.ones((6, 10), np.float32)
-    y = layer.forward(x)
-    nbytes = layer.saved_nbytes
-    copies = [copy.copy(layer), copy.deepcopy(layer)]
-    copies += [pickle.loads(pickle.dumps(layer, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)]
-    for again in copies:
-        assert repr(again) == repr(layer)
-        assert again.note == layer.note
-        assert again.saved_nbytes == 0
-        for one, other in zip(again.params + again.grads, layer.params + layer.grads, strict=True):
-            np.testing.assert_array_equal(one, other)
-        with pytest.raises(RuntimeError, match=NOTHING_SAVED):
-            again.backward(y)
-        np.testing.assert_array_equal(
-            again.forward(x, training=False), layer.forward(x, training=False)
-        )
-    assert layer.saved_nbytes == nbytes > 0
-    if row.preset:
-        layer.backward(y)
-        assert len(pickle.dumps(layer)) < 500, "no cache travels"
 
 
 def test_calling_a_layer_is_its_forward_and_a_subclass_names_itself():

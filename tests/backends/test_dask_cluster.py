@@ -51,6 +51,22 @@ def test_a_cluster_computes_the_same(cluster):
             np.testing.assert_array_equal(got, wanted)
 
 
+def test_a_worker_computes_the_backward_pass(cluster):
+    """Pullbacks of NumPy arrays travel there and back; what is lazy may be given too."""
+    x = np.random.default_rng(2).standard_normal((60, 50)).astype(np.float32)
+    weight = np.linspace(-1, 1, 50, dtype=np.float32)
+    for name, *operands in (("relu", x), ("prelu", x, weight), ("crelu", x), ("squared_relu", x)):
+        y, pullback = getattr(relu_xp, f"{name}_vjp")(*operands)
+        dx = cluster.submit(pullback, y).result()
+        both = zip(dx, pullback(y), strict=True) if name == "prelu" else [(dx, pullback(y))]
+        for found, wanted in both:
+            np.testing.assert_array_equal(found, wanted)
+    lazy = da.from_array(x, chunks=(16, 25))
+    y, pullback = relu_xp.relu_vjp(lazy)
+    dx = cluster.submit(lambda p, dy: p(dy).compute(), pullback, y, priority=1).result()
+    np.testing.assert_array_equal(dx, relu_xp.relu_backward(relu_xp.relu(x), x))
+
+
 def test_four_gigabytes_through_two_workers_of_one():
     """The gradient needs the whole of y, 4 GB, before it can begin. What is held by then: masks.
 

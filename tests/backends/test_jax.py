@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from libraries import LIBRARIES
+from table import each_row
 
 import relu_xp
 from relu_xp.testing import reference
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
+LIBRARY = LIBRARIES["jax"]
 
 NAMES = ("relu", "clipped-leaky", "thresholded", "falling", "everything")
 PRESETS = [reference.PRESETS[name] for name in NAMES]
@@ -39,6 +42,62 @@ def test_every_transformation(params):
     np.testing.assert_allclose(hessian, jnp.diag(g * g), rtol=1e-6)
     for traced, direct in zip(jax.jit(both_ways)(x, x), both_ways(x, x), strict=True):
         np.testing.assert_array_equal(traced, direct)
+
+
+@each_row
+def test_a_pullback_is_a_pytree(row):
+    """It leaves and enters compiled functions, and is compiled once for each structure."""
+    x = jnp.asarray(np.linspace(-3, 3, 6, dtype=np.float32).reshape(2, 3))
+    options = {"rng": lambda shape: jnp.full(shape, 0.5, "float32")} if row.draws else {}
+
+    def vjp(x):
+        return row.call_vjp(LIBRARY, x, **options)
+
+    y, pullback = vjp(x)
+    found, its_pullback = jax.jit(vjp)(x)
+    np.testing.assert_array_equal(found, y)
+    structure = jax.tree_util.tree_structure(pullback)
+    assert jax.tree_util.tree_structure(its_pullback) == structure
+    assert jax.tree_util.tree_leaves(pullback)
+    wanted = pullback(y)
+    apply = jax.jit(lambda pullback, dy: pullback(dy))
+    mapped = jax.tree_util.tree_map(lambda leaf: leaf, pullback)
+    for each in (pullback, its_pullback, vjp(-x)[1], mapped):
+        apply(each, y)
+    assert apply._cache_size() == 1
+    for result in (apply(its_pullback, y), its_pullback(y), jax.jit(its_pullback)(y)):
+        for one, other in zip(*map(jax.tree_util.tree_leaves, (result, wanted)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert its_pullback.saved_nbytes == pullback.saved_nbytes
+    with pytest.raises(ValueError, match="^pullback: dy has shape"):
+        its_pullback(y[:1])
+
+
+def test_pullbacks_of_other_rules_have_other_structures():
+    x = jnp.ones((2, 3))
+    pullbacks = [relu_xp.relu_vjp(x), relu_xp.relu_vjp(x, negative_slope=0.5)]
+    pullbacks += [relu_xp.crelu_vjp(x), relu_xp.crelu_vjp(x, axis=0), relu_xp.squared_relu_vjp(x)]
+    pullbacks += [relu_xp.prelu_vjp(x, jnp.ones(shape)) for shape in ((), (1,), (3,), (2, 3))]
+    pullbacks = [pullback for _, pullback in pullbacks]
+    assert len(set(map(jax.tree_util.tree_structure, pullbacks))) == len(pullbacks)
+
+
+def test_a_loop_carries_a_pullback():
+    """`jax.lax.scan` and `cond` compare the structures of what they are given."""
+
+    def step(pullback, x):
+        y, following = relu_xp.relu_vjp(x)
+        return following, pullback(y)
+
+    xs = jnp.asarray(np.random.default_rng(0).standard_normal((5, 4), np.float32))
+    _, pullback = relu_xp.relu_vjp(xs[0])
+    last, results = jax.lax.scan(step, pullback, xs[1:])
+    wanted = relu_xp.relu_backward(relu_xp.relu(xs[1:]), xs[:-1])
+    np.testing.assert_array_equal(results, wanted)
+    np.testing.assert_array_equal(last(xs[0]), relu_xp.relu_backward(xs[0], xs[4]))
+    pullbacks = jax.vmap(lambda x: relu_xp.relu_vjp(x)[1])(xs)
+    dxs = jax.vmap(lambda pullback, dy: pullback(dy))(pullbacks, xs)
+    np.testing.assert_array_equal(dxs, relu_xp.relu_backward(xs, xs))
 
 
 @each_preset

@@ -307,3 +307,32 @@ def test_the_table_of_differences_is_computed(framework, request):
         unavailable(request.config, "the table holds for x86 processors: signs of zero differ")
     text = table({name: framework(name) for name in FRAMEWORKS})
     assert text in README, f"tests/README.md should have\n{text}"
+
+
+OPERATORS = {  # with ONNX's names of the keywords, and their defaults
+    "Relu": (relu_xp.relu, {}),
+    "LeakyRelu": (relu_xp.leaky_relu, {"alpha": ("negative_slope", 0.01)}),
+    "ThresholdedRelu": (relu_xp.thresholded_relu, {"alpha": ("threshold", 1.0)}),
+    "PRelu": (relu_xp.prelu, {}),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_onnx_node_tests_pass_as_they_are(require, monkeypatch, operator):
+    """With the arrays in the shapes that they have there."""
+    require("onnx.backend.test.case.node")  # which imports all cases, in the right order
+    module = require(f"onnx.backend.test.case.node.{operator.lower()}")
+    cases = []
+    monkeypatch.setattr(module, "expect", lambda node, **case: cases.append((node, case)))
+    exports = vars(getattr(module, operator))
+    for name in [name for name in exports if name.startswith("export")]:
+        getattr(getattr(module, operator), name)()
+    cases = [(node, case) for node, case in cases if node.op_type == operator]
+    assert len(cases) >= {"Relu": 1, "PRelu": 2}.get(operator, 3)
+    function, keywords = OPERATORS[operator]
+    for node, case in cases:
+        given = {attribute.name: attribute.f for attribute in node.attribute}
+        options = {ours: given.get(name, default) for name, (ours, default) in keywords.items()}
+        y = function(*case["inputs"], **options)
+        np.testing.assert_allclose(y, case["outputs"][0], rtol=1e-6)
+        assert y.dtype == case["outputs"][0].dtype
