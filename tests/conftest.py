@@ -167,15 +167,36 @@ def flush_to_zero(request, tmp_path_factory):
 
 
 @pytest.fixture
+def without_libraries(tmp_path):
+    """A folder in which the libraries that take seconds to import are not installed."""
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    for name in ("cupy", "torch", "jax", "dask"):
+        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    return folder
+
+
+@pytest.fixture
+def unprivileged(request):
+    """What comes before a command that may not write what its user may not: root may, else."""
+    if os.geteuid():
+        return []
+    if shutil.which("setpriv") is None:
+        unavailable(request.config, "setpriv is not installed")
+    return ["setpriv", "--bounding-set", "-dac_override"]
+
+
+@pytest.fixture
 def python(tmp_path):
     """Return a function that runs a script in a fresh interpreter, where a warning is an error.
 
     That returns what the script printed, and asserts the status, an end in time and what is on
-    stderr: nothing by default. A crash is a negative status. A variable of None is not set.
+    stderr: nothing by default. A crash is a negative status. A variable of None is not set. A
+    command that runs another one may come before.
     """
     numbers = itertools.count()
 
-    def run(script, *arguments, status=0, stderr="", timeout=60, **variables):
+    def run(script, *arguments, before=(), status=0, stderr="", timeout=60, **variables):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RELU_XP_")}
         for name, value in variables.items():
             environment.pop(name, None)
@@ -184,7 +205,7 @@ def python(tmp_path):
         file = tmp_path / f"script{next(numbers)}.py"
         file.write_text(textwrap.dedent(script))
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", file, *map(str, arguments)],
+            [*before, sys.executable, "-W", "error", file, *map(str, arguments)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

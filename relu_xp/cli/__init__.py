@@ -6,6 +6,7 @@ A command's module has `SUMMARY`, `add_options(parser)` and `run(arguments)`.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         With code 2 after an error, which is one line on stderr; with 0 after ``--help`` and
         ``--version``.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, or a program without a console
+            setattr(sys, name, io.StringIO())
     parser = _Parser(prog="relu-xp", description="One ReLU layer for every array library.")
     parser.set_defaults(run=lambda _: parser.print_help(), parser=parser)
     parser.add_argument("--version", action="version", version=f"relu-xp {__version__}")
@@ -42,16 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=module.SUMMARY, description=summary)
         module.add_options(command)
         command.set_defaults(run=module.run, parser=command)
-    arguments = parser.parse_args(argv)
+    try:
+        return _run(parser.parse_args(argv))
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python flushes stdout again at exit, which must not fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         arguments.run(arguments)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print(f"{arguments.parser.prog}: interrupted", file=sys.stderr)
         return 130  # 128 + SIGINT, as in shells
-    except BrokenPipeError:  # the reader, for example `head`, has stopped
-        # Python flushes stdout again at exit, which must not fail.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        pass  # the reader, for example `head`, has stopped
     except (argparse.ArgumentTypeError, ValueError, OSError, ImportError, MemoryError) as error:
         arguments.parser.error(str(error))
     return 0

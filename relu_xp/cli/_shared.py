@@ -9,6 +9,7 @@ import importlib
 import io
 import os
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,19 +100,25 @@ picture_file = functools.partial(output_file, picture=True)
 def print_table(rows: Mapping[str, str], indent: str = "") -> None:
     """Print labelled values, aligned, and wrapped to the window.
 
-    Lines break between words only: a file's name can be copied.
+    Lines break between words only: a file's name can be copied. Characters that the terminal's
+    encoding lacks are printed as escapes.
     """
     for label, value in rows.items():
         first = f"{indent}{label}".ljust(_LABEL_WIDTH)
         text = textwrap.fill(
             value,
-            min(_LINE_WIDTH, shutil.get_terminal_size().columns - 1),
+            max(1, min(_LINE_WIDTH, shutil.get_terminal_size().columns - 1)),
             initial_indent=first,
             subsequent_indent=" " * _LABEL_WIDTH,
             break_long_words=False,
             break_on_hyphens=False,
         )
-        print(text or first.rstrip())
+        line = text or first.rstrip()
+        try:
+            print(line)
+        except UnicodeEncodeError:  # nothing was printed
+            encoding = sys.stdout.encoding
+            print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def save_picture(figure: Any, file: str) -> None:

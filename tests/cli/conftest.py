@@ -55,12 +55,15 @@ def quick(require, monkeypatch):
 
 @pytest.fixture
 def process():
-    """Return a function that runs the command line as a process, with folders of modules first."""
+    """Return a function that runs the command line as a process, with folders of modules first.
 
-    def run(*arguments, path=()):
+    A command that runs another one may come before.
+    """
+
+    def run(*arguments, path=(), before=()):
         paths = [*map(str, path), os.environ.get("PYTHONPATH", "")]
         return subprocess.run(
-            [sys.executable, "-P", "-m", "relu_xp", *arguments],
+            [*before, sys.executable, "-P", "-m", "relu_xp", *arguments],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -86,13 +89,3 @@ def refused(capsys, monkeypatch, tmp_path):
         return message
 
     return check
-
-
-@pytest.fixture
-def without_libraries(tmp_path):
-    """A folder in which the libraries that take seconds to import are not installed."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    for name in ("cupy", "torch", "jax", "dask"):
-        (folder / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
-    return folder

@@ -108,15 +108,6 @@ def test_ctrl_c_is_130_without_a_traceback(monkeypatch, capsys):
     assert capsys.readouterr().err == "relu-xp train: interrupted\n"
 
 
-def test_a_reader_that_stops_early_is_no_error():
-    command = f"{shlex.quote(sys.executable)} -P -m relu_xp"
-    script = f"({command}; {command}) | head -n 1"  # which has stopped before the second begins
-    environment = os.environ | {"PYTHONUNBUFFERED": ""}
-    result = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=environment)
-    assert result.stdout.startswith("usage: ")
-    assert result.stderr == ""
-
-
 def test_no_optional_library_is_imported():
     names = ["cupy", "dask", "distributed", "jax", "matplotlib", "sklearn", "torch", "tqdm"]
     script = f"import sys, relu_xp.cli; print([n for n in {names} if n in sys.modules])"
