@@ -126,7 +126,8 @@ def check_device(
     if own_device is not device and own_device != device:
         raise (TypeError if own_device[0] != device[0] else ValueError)(
             f"{function}: {seen} {format_device(device)}, {argument} is "
-            f"{format_device(own_device)}; {transfer_hint(argument, own_device, device)}"
+            f"{format_device(own_device)}; "
+            f"{transfer_hint(argument, own_device, device, array.dtype)}"
         )
 
 
@@ -163,19 +164,50 @@ def check_out(
     over a small array.
     """
     if out is not like or shape is not None:
-        device, its_backend = backend.device(like), backend_for(function, "out", out)
-        check_device(function, "out", out, its_backend, device, f"{argument} is")
-        if shape is None:
-            check_shape(function, "out", out, like.shape, f"{argument} is")
-        else:
-            check_shape(function, "out", out, shape, "the result has")
-        if out.dtype != like.dtype:
-            raise TypeError(
-                f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
-                "give an array of that dtype"
-            )
+        try:
+            _check_like(function, out, like, argument, backend, shape)
+        except (TypeError, ValueError) as error:
+            if _takes_out(backend, like):
+                raise
+            fault = str(error).partition(";")[0]  # an `out` without it would be refused too
+            library = format_device(backend.device(like))
+            raise _with_message(
+                error, f"{fault}; omit out=: the arrays of {library} are immutable"
+            ) from error.__cause__
     subject = f"{argument}, which is to be overwritten," if out is like else "out"
     _check_writable(function, subject, out, inputs, backend)
+
+
+def _takes_out(backend: Backend, like: Any) -> bool:
+    """Return whether a library's arrays can be written."""
+    try:
+        backend.check_out(like, ())
+    except TypeError:
+        return False
+    except ValueError:  # this one is read-only, say
+        pass
+    return True
+
+
+def _check_like(
+    function: str,
+    out: Any,
+    like: Any,
+    argument: str,
+    backend: Backend,
+    shape: tuple[int, ...] | None,
+) -> None:
+    its_backend = backend_for(function, "out", out)
+    check_device(function, "out", out, its_backend, backend.device(like), f"{argument} is")
+    if shape is None:
+        check_shape(function, "out", out, like.shape, f"{argument} is")
+    else:
+        check_shape(function, "out", out, shape, "the result has")
+    if out.dtype != like.dtype:
+        raise TypeError(
+            f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
+            "give an array of that dtype"
+        )
 
 
 def _check_writable(
