@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import array_api_compat
 import numpy as np
 
+from relu_xp import advice
+
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
@@ -43,6 +45,19 @@ BACKENDS: dict[type, Backend] = {}  # by the type of an array
 
 _NAMES = {"numpy": "NumPy", "cupy": "CuPy", "torch": "PyTorch", "jax": "JAX", "dask": "Dask"}
 _MODULES = {"jax": "jax.numpy", "dask": "dask.array"}
+
+# How an array becomes one of NumPy, and that an array of the library (else by `asarray`).
+_TO_NUMPY = {
+    "numpy": "{}",
+    "cupy": "cupy.asnumpy({})",
+    "torch": "{}.numpy(force=True)",  # also where autograd records it, or on another device
+    "dask": "{}.compute()",
+}
+_FROM_NUMPY = {"numpy": "{}", "torch": "torch.asarray({}.copy(), device='{device}')"}
+
+# Floating dtypes that a library lacks; one that is not known may lack all of 16 bits.
+_HALF = ("float16", "bfloat16")
+_NO_DTYPES: dict[str, tuple[str, ...]] = {**dict.fromkeys(_NAMES, ()), "torch": ("bfloat16",)}
 
 LIBRARIES = (*_NAMES, "array_api_strict")  # that are tested; others work too
 
@@ -94,14 +109,24 @@ def format_device(device: tuple[str, Hashable]) -> str:
     return name if number is None else f"{name} on device {number}"
 
 
-def transfer_hint(argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable]) -> str:
-    """Return how an array is moved from one ``device`` to another."""
-    if source[0] == target[0]:
-        return f"move it to device {target[1]} first"
-    if (source[0], target[0]) == ("cupy", "numpy"):
-        return f"move it first, for example cupy.asnumpy({argument})"
-    module = _MODULES.get(target[0], target[0])
-    return f"move it first, for example {module}.asarray({argument})"
+def transfer_hint(
+    argument: str, source: tuple[str, Hashable], target: tuple[str, Hashable], dtype: Any
+) -> str:
+    """Return how an array of some dtype is moved from one ``device`` to another."""
+    if argument in advice.WRITTEN:
+        return f"give an array of {format_device(target)}"
+    library, device = target
+    if source[0] == library:
+        return f"move it to device {device} first"
+    expression, dtype_name = advice.as_operand(argument), str(dtype).rpartition(".")[2]
+    if (source[0], dtype_name) == ("torch", "bfloat16"):  # which `Tensor.numpy` refuses
+        expression, dtype_name = f"{expression}.float()", "float32"
+    expression = _TO_NUMPY.get(source[0], "numpy.asarray({})").format(expression)
+    if dtype_name in _NO_DTYPES.get(library, _HALF):
+        expression += ".astype('float32')"
+    module = _MODULES.get(library, library)
+    made = _FROM_NUMPY.get(library, module + ".asarray({})").format(expression, device=device)
+    return f"move it first, for example {made}"
 
 
 def namespace(name: str) -> Any:
@@ -255,8 +280,7 @@ def _library_of(function: str, argument: str, x: Any) -> str:
     if issubclass(kind, np.ndarray):
         raise TypeError(
             f"{function}: {argument} is a {kind.__module__}.{kind.__qualname__}, whose own rules "
-            f"(a mask, a shape) would be lost; convert it first, for example "
-            f"numpy.asarray({argument})"
+            f"(a mask, a shape) would be lost{advice.about_subclass(argument, x)}"
         )
     if issubclass(kind, np.generic):
         _refuse(function, argument, x)
@@ -273,6 +297,5 @@ def _library_of(function: str, argument: str, x: Any) -> str:
 def _refuse(function: str, argument: str, x: Any, cause: Exception | None = None) -> NoReturn:
     kind = "the NumPy scalar " * issubclass(type(x), np.generic) + type(x).__name__
     raise TypeError(
-        f"{function}: {argument} must be an array, got {kind}; "
-        f"convert it first, for example numpy.asarray({argument})"
+        f"{function}: {argument} must be an array, got {kind}{advice.about_object(argument, x)}"
     ) from cause

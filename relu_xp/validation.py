@@ -136,9 +136,10 @@ def check_device(
     """Refuse an array of another library (TypeError) or device (ValueError)."""
     own_device = backend.device(array)
     if own_device is not device and own_device != device:
+        advice = transfer_hint(argument, own_device, device, array.dtype)
         raise (TypeError if own_device[0] != device[0] else ValueError)(
             f"{function}: {seen} {format_device(device)}, {argument} is "
-            f"{format_device(own_device)}; {transfer_hint(argument, own_device, device)}"
+            f"{format_device(own_device)}; {advice}"
         )
 
 
@@ -174,6 +175,13 @@ def check_out(
     the shape of `like`. Callers ask `Backend.is_valid_out` first: this takes longer than a pass
     over a small array.
     """
+    subject = f"{argument}, which is to be overwritten," if out is like else "out"
+    try:
+        backend.check_out(like, ())
+    except TypeError as error:  # no array of the library can be written
+        raise TypeError(f"{function}: {subject} {error}") from None
+    except ValueError:  # this one is read-only, say
+        pass
     if out is not like or shape is not None:
         device, its_backend = backend.device(like), backend_for(function, "out", out)
         check_device(function, "out", out, its_backend, device, f"{argument} is")
@@ -188,7 +196,6 @@ def check_out(
                 f"{function}: out has dtype {out.dtype}, the result {like.dtype}; "
                 "give an array of that dtype"
             )
-    subject = f"{argument}, which is to be overwritten," if out is like else "out"
     _check_writable(function, subject, out, inputs, backend)
 
 

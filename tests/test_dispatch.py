@@ -257,11 +257,3 @@ def test_devices_in_words():
     for library, name in {**names, "other": "other"}.items():
         assert dispatch.format_device((library, None)) == name
         assert dispatch.format_device((library, "x:1")) == f"{name} on device x:1"
-    for source, target, hint in (
-        (("cupy", 0), ("cupy", 1), "move it to device 1 first"),
-        (("cupy", 0), ("numpy", None), "move it first, for example cupy.asnumpy(dy)"),
-        (("torch", "cpu"), ("numpy", None), "move it first, for example numpy.asarray(dy)"),
-        (("numpy", None), ("jax", None), "move it first, for example jax.numpy.asarray(dy)"),
-        (("cupy", 0), ("other", 0), "move it first, for example other.asarray(dy)"),
-    ):
-        assert dispatch.transfer_hint("dy", source, target) == hint
