@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from relu_xp.parameters import CastParameters
 
-__all__ = ["Mask", "mask_nbytes", "memory_order", "pack", "unpack"]
+__all__ = ["Mask", "is_broadcast", "mask_nbytes", "memory_order", "new_like", "pack", "unpack"]
 
 Axes = tuple[int, ...]
 
@@ -76,6 +76,43 @@ def memory_order(shape: Sequence[int], strides: Sequence[int], itemsize: int) ->
         expected *= shape[axis]
     in_memory = iter(ordered)
     return tuple(axis if length == 1 else next(in_memory) for axis, length in enumerate(shape))
+
+
+def is_broadcast(x: Any) -> bool:
+    """Return whether elements share memory, as in a view that broadcasting has made.
+
+    The strides of such an array are no layout for a result.
+    """
+    return 0 in x.strides and any(
+        stride == 0 and length > 1 for stride, length in zip(x.strides, x.shape, strict=True)
+    )
+
+
+def new_like(xp: Any, dtype: Any, *arrays: Any, axes: Axes | None = None) -> Any:
+    """Return an empty array in the layout of the first array that is not a broadcast view.
+
+    Without one it is in C order after a permutation of the axes.
+
+    Parameters
+    ----------
+    xp : module
+        numpy or cupy.
+    dtype : dtype
+    *arrays : array
+        Of one shape.
+    axes : tuple of int, optional
+        The axes from the slowest in memory to the fastest.
+    """
+    for array in arrays:
+        if array.flags.c_contiguous:
+            return xp.ndarray(array.shape, dtype)
+        if not is_broadcast(array):
+            return xp.empty_like(array, dtype)
+    shape = arrays[0].shape
+    if axes is None:
+        return xp.ndarray(shape, dtype)
+    empty = xp.ndarray([shape[axis] for axis in axes], dtype)
+    return empty.transpose([axes.index(axis) for axis in range(len(axes))])
 
 
 def pack(codes: npt.NDArray[Any], axes: Axes | None, num_branches: int) -> npt.NDArray[np.uint8]:

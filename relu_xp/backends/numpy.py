@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 from relu_xp.backends.base import Backend, concatenated_shape, draw
 from relu_xp.backends.overlap import check_overlap
-from relu_xp.mask import Mask, mask_nbytes, memory_order, pack, unpack
-from relu_xp.parameters import CastParameters
+from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order, new_like, pack, unpack
+from relu_xp.parameters import DTYPES, CastParameters
 
 __all__ = ["NumpyBackend", "round_sum", "round_to"]
 
@@ -40,7 +40,7 @@ class NumpyBackend(Backend):
     @_silent
     def forward(self, params: CastParameters, x: _Array, out: _Array | None) -> _Array:
         """Return f(x)."""
-        return _store(super().forward(_typed(params, x.dtype), x, None), x, out)
+        return _store(super().forward(_typed(params, x.dtype), x, None), out, x)
 
     @_silent
     def forward_with_mask(
@@ -63,7 +63,8 @@ class NumpyBackend(Backend):
     ) -> _Array:
         """Return f'(x) * dy from the mask."""
         codes = unpack(residuals, dy.shape, grad_params.num_branches)
-        return _store(super().backward(_typed(grad_params, dy.dtype), dy, codes, None), dy, out)
+        dx = super().backward(_typed(grad_params, dy.dtype), dy, codes, None)
+        return _store(dx, out, dy, axes=residuals.axes)
 
     @_silent
     def backward_from_input(
@@ -78,7 +79,7 @@ class NumpyBackend(Backend):
         if dy is None:
             dy = np.broadcast_to(np.ones((), x.dtype), x.shape)
         typed, typed_grad = _typed(params, x.dtype), _typed(grad_params, dy.dtype)
-        return _store(super().backward_from_input(typed, typed_grad, dy, x, None), x, out)
+        return _store(super().backward_from_input(typed, typed_grad, dy, x, None), out, x)
 
     @_silent
     def prelu(
@@ -91,7 +92,8 @@ class NumpyBackend(Backend):
         zero = np.zeros((), values.dtype)
         low = np.where(weight == 0, zero, _multiply(weight, values))
         is_lower = weight != 1 if x is None else x <= 0
-        return _store(np.where(is_lower, low, values), values, out)
+        likes = [a for a in (values, x, weight) if a is not None and a.shape == values.shape]
+        return _store(np.where(is_lower, low, values), out, *likes)
 
     @_silent
     def prelu_weight_grad(self, dy: _Array, x: _Array, weight: _Array) -> _Array:
@@ -126,17 +128,17 @@ class NumpyBackend(Backend):
     @_silent
     def crelu_mask(self, x: _Array) -> _Array:
         """Return which of x and -x is above 0."""
-        return _store(super().crelu_mask(x), x, None)
+        return _store(super().crelu_mask(x), None, x)
 
     @_silent
     def crelu_backward(self, dy: _Array, mask: _Array, axis: int, out: _Array | None) -> _Array:
         """Return the gradient of `crelu`."""
-        return _store(super().crelu_backward(dy, mask, axis, None), mask, out)
+        return _store(super().crelu_backward(dy, mask, axis, None), out, mask)
 
     @_silent
     def squared_relu(self, x: _Array, out: _Array | None) -> _Array:
         """Return relu(x)**2."""
-        return _store(super().squared_relu(x, None), x, out)
+        return _store(super().squared_relu(x, None), out, x)
 
     @_silent
     def squared_relu_backward(self, dy: _Array, x: _Array, out: _Array | None) -> _Array:
@@ -144,7 +146,7 @@ class NumpyBackend(Backend):
         wide = max(np.dtype(np.float32), x.dtype, dy.dtype, key=lambda dtype: dtype.itemsize)
         high = x.astype(wide)
         dx = round_to(_multiply(high + high, dy.astype(wide)), dy.dtype)
-        return _store(np.where(x <= 0, np.zeros((), dy.dtype), dx), dy, out)
+        return _store(np.where(x <= 0, np.zeros((), dy.dtype), dx), out, dy, x)
 
     def random_uniform(self, rng: Any, lower: float, upper: float, x: _Array) -> Any:
         """Return random numbers."""
@@ -157,9 +159,9 @@ class NumpyBackend(Backend):
     def dtype_name(self, dtype: np.dtype[Any]) -> str:
         """Return the dtype's name; refuse another byte order."""
         if not dtype.isnative:
+            advice = f"; convert it first, by its method astype({dtype.name!r})"
             raise TypeError(
-                f"byte-swapped dtype {dtype.str} is not supported; convert it first, "
-                f"for example x.astype({dtype.name!r})"
+                f"byte-swapped dtype {dtype.str} is not supported{advice * (dtype.name in DTYPES)}"
             )
         if dtype.kind == "V" and not dtype.isbuiltin:  # named by its class
             return "void"
@@ -225,13 +227,13 @@ def _typed(params: CastParameters, dtype: np.dtype[Any]) -> Any:
     return SimpleNamespace(**typed)
 
 
-def _store(y: Any, like: _Array, out: _Array | None) -> _Array:
-    """Return a result in `out`, or in the layout of an array."""
+def _store(y: Any, out: _Array | None, *likes: _Array, axes: Axes | None = None) -> _Array:
+    """Return a result in `out`, or in the layout that `new_like` gives it."""
     result: _Array = np.asarray(y)
     if out is None:
-        if result.strides == like.strides and result.flags.owndata:
+        if result.strides == likes[0].strides and result.flags.owndata:
             return result
-        out = np.empty_like(like, result.dtype, subok=False)
+        out = new_like(np, result.dtype, *map(np.asarray, likes), axes=axes)
     out[...] = result
     return out
 

@@ -187,17 +187,41 @@ bool check_broadcast(PyArrayObject* array, PyArrayObject* to) {
   return valid;
 }
 
-// A new reference to an output of the shape of `like`: the object if it is an array that may be
-// written, or if it is None a fresh one in the layout of `like`.
-PyArrayObject* parse_out(PyObject* object, PyArrayObject* like, PyArray_Descr* descr) {
-  if (object == Py_None) {
-    Py_INCREF(descr);
-    PyObject* fresh = PyArray_IS_C_CONTIGUOUS(like)  // this one is faster
-                          ? PyArray_NewFromDescr(&PyArray_Type, descr, PyArray_NDIM(like),
-                                                 PyArray_DIMS(like), nullptr, nullptr, 0, nullptr)
-                          : PyArray_NewLikeArray(like, NPY_KEEPORDER, descr, 0);
-    return reinterpret_cast<PyArrayObject*>(fresh);
+// Whether elements share memory, as in a view that broadcasting has made: no layout for a result.
+bool is_broadcast(PyArrayObject* array) {
+  for (int axis = 0; axis < PyArray_NDIM(array); ++axis) {
+    if (PyArray_STRIDE(array, axis) == 0 && PyArray_DIM(array, axis) > 1) return true;
   }
+  return false;
+}
+
+// A fresh array in the layout of `like`; if that is a broadcast view, in C order after the
+// permutation of its axes, if there is one.
+PyObject* new_like(PyArrayObject* like, PyArray_Descr* descr, const int* axes) {
+  Py_INCREF(descr);
+  const int ndim = PyArray_NDIM(like);
+  npy_intp* shape = PyArray_DIMS(like);
+  npy_intp permuted[NPY_MAXDIMS];
+  npy_intp* strides = nullptr;
+  if (!PyArray_IS_C_CONTIGUOUS(like)) {
+    if (!is_broadcast(like)) return PyArray_NewLikeArray(like, NPY_KEEPORDER, descr, 0);
+    if (axes != nullptr) {
+      strides = permuted;
+      npy_intp stride = PyDataType_ELSIZE(descr);
+      for (int i = ndim - 1; i >= 0; --i) {
+        strides[axes[i]] = stride;
+        stride *= shape[axes[i]];
+      }
+    }
+  }
+  return PyArray_NewFromDescr(&PyArray_Type, descr, ndim, shape, strides, nullptr, 0, nullptr);
+}
+
+// A new reference to an output of the shape of `like`: the object if it is an array that may be
+// written, or if it is None a fresh one, see `new_like`.
+PyArrayObject* parse_out(PyObject* object, PyArrayObject* like, PyArray_Descr* descr,
+                         const int* axes = nullptr) {
+  if (object == Py_None) return reinterpret_cast<PyArrayObject*>(new_like(like, descr, axes));
   PyArrayObject* out = parse_array(object, "out", dtype_of(descr));
   if (out == nullptr || !check_shape(out, like, "out")) return nullptr;
   if (!PyArray_ISWRITEABLE(out)) {
@@ -344,7 +368,7 @@ PyObject* backward(Arguments args) {
   int permutation[NPY_MAXDIMS];
   const int* axes = args[3] == Py_None ? nullptr : permutation;
   if (mask == nullptr || (axes != nullptr && !parse_axes(args[3], dy, permutation))) return nullptr;
-  PyArrayObject* out = parse_out(args[4], dy, PyArray_DESCR(dy));
+  PyArrayObject* out = parse_out(args[4], dy, PyArray_DESCR(dy), axes);
   if (out == nullptr) return nullptr;
   Job job;
   job.kernel = kernel_of(*params, params->three_branches != 0 ? kBackwardBytes : kBackwardBits);
@@ -404,6 +428,9 @@ PyObject* prelu(Arguments args) {
   PyArrayObject* like = values != nullptr ? values : x != nullptr ? x : slopes;
   if ((x != nullptr && !check_shape(x, like, "x")) || !check_broadcast(slopes, like)) {
     return nullptr;
+  }
+  for (PyArrayObject* other : {x, slopes}) {  // the first that has a layout
+    if (is_broadcast(like) && other != nullptr && PyArray_SAMESHAPE(other, like)) like = other;
   }
   PyArrayObject* out = parse_out(args[3], like, PyArray_DESCR(slopes));
   if (out == nullptr) return nullptr;
@@ -487,9 +514,11 @@ PyObject* elementwise(Arguments args) {
     add_operand(job, arrays[i]);
   }
   PyArray_Descr* byte = PyArray_DescrFromType(NPY_UINT8);
-  // A result lies in memory as the last input does: as dy, or as the mask and so as x.
-  PyArrayObject* out = parse_out(args[inputs], arrays[inputs - 1],
-                                 operation == kCreluMask ? byte : PyArray_DESCR(arrays[0]));
+  // A result lies in memory as the last input does (as dy, or as the mask and so as x), unless that
+  // is a broadcast view.
+  PyArrayObject* like = arrays[is_broadcast(arrays[inputs - 1]) ? 0 : inputs - 1];
+  PyArrayObject* out =
+      parse_out(args[inputs], like, operation == kCreluMask ? byte : PyArray_DESCR(arrays[0]));
   Py_DECREF(byte);
   if (out == nullptr) return nullptr;
   job.count = 0;
