@@ -20,6 +20,8 @@ import operator
 import struct
 from typing import Any, NamedTuple
 
+import numpy as np
+
 __all__ = [
     "DTYPES",
     "FLOATING",
@@ -32,6 +34,7 @@ __all__ = [
     "float_limits",
     "is_integer",
     "make_parameters",
+    "unsupported",
 ]
 
 ZERO, ONE = 0.0, 1.0  # defaults of the functions, which `make_parameters` compares by identity
@@ -81,7 +84,7 @@ def make_parameters(
     Raises
     ------
     TypeError
-        If one of them is not a real number (a bool is not).
+        If one of them is not a real number (a bool is not; a 0-d array of NumPy's is).
     ValueError
         If one of them is NaN or infinite, if `positive_slope` is 0, or if there is a ceiling
         without ``positive_slope > 0`` and ``max_value > positive_slope * threshold``.
@@ -118,7 +121,13 @@ def as_real(name: str, value: Any) -> float:
     exact: int | None = None
     cause: Exception | None = None
     number: float | None = None
+    advice = ""
     try:
+        if getattr(value, "shape", None) == ():  # numbers of a file that numpy.load has read
+            if isinstance(value, np.ndarray):
+                value = value[()]
+            else:
+                advice = f"; give float({name})"
         if not isinstance(value, bool) and isinstance(value, numbers.Real):
             if isinstance(value, numbers.Rational) and value.denominator == 1:
                 exact = operator.index(value.numerator)
@@ -128,7 +137,8 @@ def as_real(name: str, value: Any) -> float:
     except Exception as error:  # the methods of a caller's class may raise anything
         cause = error
     if number is None:
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}") from cause
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a real number, got {kind}{advice}") from cause
     if not math.isfinite(number):
         raise ValueError(f"{name} must be finite, got {number}")
     if exact is not None and number != exact:
@@ -188,6 +198,12 @@ def is_integer(dtype_name: str) -> bool:
     return dtype_name in _INTEGER
 
 
+def unsupported(dtype_name: str, integers: bool = True) -> TypeError:
+    """Return the error for a dtype that is not supported; `integers` tells whether these are."""
+    taken = ", ".join(_FLOATING) + ", int8 to int64, uint8 to uint64" * integers
+    return TypeError(f"unsupported dtype {dtype_name}; give an array of {taken}")
+
+
 def float_limits(dtype_name: str) -> tuple[float, float]:
     """Return the smallest and the largest positive number of a floating dtype."""
     form = _FLOATING[dtype_name]
@@ -241,10 +257,7 @@ class CastParameters:
         self.dtype_name = dtype_name
         self.is_floating = dtype_name in _FLOATING
         if not self.is_floating and dtype_name not in _INTEGER:
-            raise TypeError(
-                f"unsupported dtype {dtype_name}; relu takes real floating or integer arrays "
-                f"({', '.join(_FLOATING)}, int8 to int64, uint8 to uint64)"
-            )
+            raise unsupported(dtype_name)
         self.width = _FLOATING[dtype_name].width if self.is_floating else _INTEGER[dtype_name][0]
         c = parameters.max_value
         self.threshold = self._convert("threshold")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from relu_xp.dispatch import backend_for, format_device, transfer_hint
-from relu_xp.parameters import CastParameters, Parameters, is_integer
+from relu_xp.parameters import FLOATING, CastParameters, Parameters, is_integer, unsupported
 
 if TYPE_CHECKING:
     from relu_xp.backends.base import Backend
@@ -89,6 +89,8 @@ def _cast(
 ) -> CastParameters:
     try:
         name = backend.dtype_name(array.dtype)
+        if floating and name not in FLOATING and not is_integer(name):
+            raise unsupported(name, integers=False)
         if not (floating and is_integer(name)):  # which is refused, whatever the parameters
             return parameters.cast(name)
     except Exception as error:
@@ -250,7 +252,8 @@ def as_axis(function: str, x: Any, axis: Any) -> int:
     """Return an axis of x, counted from the first."""
     number, ndim = as_integer(f"{function}: axis", axis), len(x.shape)
     if not -ndim <= number < ndim:
-        raise ValueError(f"{function}: x has shape {tuple(x.shape)}, and no axis {number}")
+        last = "; the last one is axis=-1" if ndim else ""
+        raise ValueError(f"{function}: x has shape {tuple(x.shape)}, and no axis {number}{last}")
     return number % ndim
 
 

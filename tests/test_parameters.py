@@ -43,8 +43,8 @@ NOT_REAL = {
     "denominator raises": rational(),
     "numerator is text": rational(denominator=1, numerator="5"),
     "numerator is a float": rational(denominator=1, numerator=5.5),
-    **{repr(one): one for one in (Decimal("0.1"), "0.5", b"1", 0.5j, np.array(0.5), [0.5], True)},
-    **{repr(one): one for one in (np.bool_(True), np.ones(1), object)},
+    **{repr(one): one for one in (Decimal("0.1"), "0.5", b"1", 0.5j, np.array(0.5j), [0.5], True)},
+    **{repr(one): one for one in (np.bool_(True), np.array(True), np.ones(1), object)},
 }
 NOT_FINITE = {
     "float is NaN": number(__float__=lambda self: math.nan),
@@ -79,6 +79,18 @@ def test_invalid_numbers(kind):
         name = "|".join([*NAMES, "lower", "upper", "init"])
         assert re.match(f"({name}) must be .*{reason}", str(refused.value))
     np.testing.assert_array_equal(relu_xp.relu(X), np.maximum(X, 0))
+
+
+def test_a_number_that_is_a_0d_array(require):
+    """As `numpy.load` reads each number of a file; of other libraries there is advice."""
+    x, slope = np.array([-2.0, 3.0]), np.array(0.5, np.float32)
+    assert relu_xp.leaky_relu(x, slope).tolist() == [-1, 3]
+    assert relu_xp.ClippedReLU(np.array(2)).forward(x).tolist() == [0, 2]
+    assert relu_xp.RReLU(slope, slope).bounds == (0.5, 0.5)
+    strict = require("array_api_strict").asarray(0.5)
+    with pytest.raises(TypeError, match=r"got Array; give float\(negative_slope\)$"):
+        relu_xp.leaky_relu(x, strict)
+    assert relu_xp.leaky_relu(x, float(strict)).tolist() == [-1, 3]
 
 
 def test_numbers_of_any_type():

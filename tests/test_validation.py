@@ -123,7 +123,21 @@ def test_messages():
         (
             lambda: relu_xp.relu(X.astype(">f4")),
             "relu: x: byte-swapped dtype >f4 is not supported; "
-            "convert it first, for example x.astype('float32')",
+            "convert it first, by its method astype('float32')",
+        ),
+        (
+            lambda: relu_xp.relu(np.array(["a"], ">U1")),
+            "relu: x: byte-swapped dtype >U1 is not supported",
+        ),
+        (
+            lambda: relu_xp.relu_grad(X > 0),
+            "relu_grad: x: unsupported dtype bool; "
+            "give an array of float16, bfloat16, float32, float64",
+        ),
+        (
+            lambda: relu_xp.relu(X > 0),
+            "relu: x: unsupported dtype bool; give an array of "
+            "float16, bfloat16, float32, float64, int8 to int64, uint8 to uint64",
         ),
         (
             lambda: relu_xp.relu(X, out=operand("relu", "out").astype(float)),

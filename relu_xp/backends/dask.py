@@ -186,7 +186,7 @@ class DaskBackend(Backend):
         if not isinstance(residuals, _Residuals):
             return super().residuals_nbytes(residuals)
         meta = meta_from_array(blocks)
-        backend = backend_for("saved_nbytes", "chunk", meta)
+        backend = backend_for("saved_nbytes", "a chunk of x", meta)
         packed = backend.mask_nbytes(residuals.params, meta) is not None
         sizes = functools.reduce(np.multiply.outer, blocks.chunks, np.ones((), np.int64))
         bits = packed and residuals.params.num_branches == 2
@@ -270,7 +270,7 @@ def _chunk(
 ) -> Any:
     """Call a method of a chunk's backend; `params` belong to the arrays, the last to the first."""
     like = next(array for array in arrays if array is not None)
-    backend = backend_for("relu", "chunk", like)
+    backend = backend_for("relu", "a chunk of x", like)
     cast = [
         each.parameters.cast(backend.dtype_name((like if array is None else array).dtype))
         for each, array in zip(reversed(params), arrays, strict=False)
@@ -287,7 +287,7 @@ def _chunk_pair(name: str, params: tuple[CastParameters, ...], dy: Any, x: Any) 
 
 def _chunk_backward(params: CastParameters, dy: Any, residuals: _ChunkResiduals) -> Any:
     _check_chunks(dy, residuals)
-    backend = backend_for("relu", "chunk", dy)
+    backend = backend_for("relu", "a chunk of x", dy)
     cast = params.parameters.cast(backend.dtype_name(dy.dtype))
     return backend.backward(cast, dy, residuals.data, None)
 
