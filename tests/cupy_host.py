@@ -239,6 +239,7 @@ def installed():
         (backend, "FORWARD_INTEGER"): HostKernel(kernels.FORWARD_INTEGER),
         (cupy, "sum"): total,
         (cupy, "asarray"): lambda x, dtype=None: array(x) if type(x) is np.ndarray else x,
+        (cupy, "zeros_like"): lambda x, dtype=None: array(np.zeros(x.shape, x.dtype)),
         (cupy.cuda, "Device"): contextlib.nullcontext,
         (cupy.cuda.runtime, "getDevice"): lambda: 0,
     }

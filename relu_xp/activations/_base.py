@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, SupportsIndex, TypeVar
 
 import numpy as np
 
@@ -305,25 +305,62 @@ class Layer:
         inplace = ["inplace=True"] * self._inplace
         return f"{type(self).__name__}({', '.join([*arguments, *inplace])})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        if self._pullback is not None:  # as large as a batch, and maybe on a device
-            state["_pullback"] = _PICKLED
-        for name in ("params", "grads"):
-            if name in state:
-                state[name] = portable(state[name])
-        return state
+    # A copy and a pickle both ask a subclass for its state, but a pickle gets less of it.
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
+        if rest:
+            rest[0] = _map_attributes(_pickled, rest[0])
+        return function, arguments, *rest
 
     def __copy__(self) -> Self:
-        again = type(self).__new__(type(self))
-        again.__dict__.update(self.__dict__)
+        again = self._copy(lambda state: state, {})
         for name in ("params", "grads"):  # the lists are the copy's own, the arrays are shared
-            if name in again.__dict__:
-                again.__dict__[name] = copy.copy(again.__dict__[name])
+            if name in vars(again):
+                setattr(again, name, copy.copy(getattr(again, name)))
         return again
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        again = type(self).__new__(type(self))
+        try:
+            copy.deepcopy(self._pullback, memo)
+        except Exception:  # of a tracer, which a compiled function has left: it is of no use
+            memo[id(self._pullback)] = None
+        return self._copy(lambda state: copy.deepcopy(state, memo), memo)
+
+    def _copy(self, copy_of: Callable[[Any], Any], memo: dict[int, Any]) -> Self:
+        reduced: Any = super().__reduce_ex__(4)
+        function, arguments, state, *_ = reduced
+        again: Self = function(*arguments)
         memo[id(self)] = again  # an attribute may lead back to the layer
-        again.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = copy_of(state)
+        if hasattr(again, "__setstate__"):
+            again.__setstate__(state)
+            return again
+
+        def assign(attributes: dict[str, Any]) -> None:
+            for name, value in attributes.items():
+                setattr(again, name, value)
+
+        _map_attributes(assign, state)
         return again
+
+
+def _map_attributes(function: Callable[[dict[str, Any]], Any], state: Any) -> Any:
+    """Return a state in which each dictionary is replaced: a class with slots has two."""
+    if isinstance(state, dict):
+        return function(state)
+    if isinstance(state, tuple):
+        return tuple([_map_attributes(function, each) for each in state])
+    return state
+
+
+def _pickled(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the attributes without what is saved, and with arrays that any machine can load."""
+    attributes = attributes.copy()
+    if attributes.get("_pullback") is not None:  # as large as a batch, and maybe on a device
+        attributes["_pullback"] = _PICKLED
+    for name in ("params", "grads"):
+        if name in attributes:
+            attributes[name] = portable(attributes[name])
+    return attributes

@@ -255,11 +255,30 @@ class PReLU(Layer):
         dtype = xp.float32 if dtype is None else dtype
         with np.errstate(all="ignore"):
             weight = xp.full(shape, self._init, dtype=dtype)
-        resolve("PReLU", "the weight", weight, RELU, floating=True)  # refuses other dtypes
+        try:
+            resolve("PReLU", "the weight", weight, RELU, floating=True)
+        except TypeError as error:
+            raise TypeError(f"dtype must be a floating dtype, got {dtype}") from error
         if not math.isfinite(float(weight[(0,) * len(shape)])):
             raise ValueError(f"init must be finite in {weight.dtype}, got {init}")
         self.params = [weight]
         self.grads = [xp.zeros(shape, dtype=dtype)]
+
+    @property
+    def grads(self) -> list[Any]:
+        """The gradient of the weight, in its library, shape and dtype; 0 before `backward`."""
+        grads: list[Any] = vars(self)["grads"]
+        try:
+            weight, backend, _ = resolve("grads", _WEIGHT, self._weight(), RELU, floating=True)
+        except (TypeError, ValueError):  # `forward` says so
+            return grads
+        if not (grads and _are_alike(grads[0], weight)):  # it has been replaced
+            grads[:1] = [backend.namespace(weight).zeros_like(weight)]
+        return grads
+
+    @grads.setter
+    def grads(self, grads: list[Any]) -> None:
+        vars(self)["grads"] = grads
 
     def _forward(self, x: Any, out: Any) -> Any:
         return _prelu("forward", x, self._weight(), self._axis, out, _WEIGHT)
@@ -274,7 +293,7 @@ class PReLU(Layer):
 
     def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
         dx, weight_grad = pullback.backward("backward", dy, out)
-        self.grads[:1] = [_store(next(iter(self.grads), None), weight_grad, (dy, dx))]
+        self.grads[:1] = [_store(self.grads[0], weight_grad, (dy, dx))]
         return dx
 
     def __repr__(self) -> str:
@@ -286,14 +305,23 @@ def _store(array: Any, weight_grad: Any, others: tuple[Any, Any]) -> Any:
 
     Nor is it written if it is of another kind, or shares memory with the others.
     """
+    if not _are_alike(array, weight_grad) or any(array is other for other in others):
+        return weight_grad
     backend = backend_for("backward", "dy", weight_grad)
-    if type(array) is not type(weight_grad) or any(array is other for other in others):
-        return weight_grad
-    like = weight_grad.shape, weight_grad.dtype, backend.device(weight_grad)
-    if (array.shape, array.dtype, backend.device(array)) != like:
-        return weight_grad
     try:
         backend.check_out(array, others)
     except (TypeError, ValueError):
         return weight_grad
     return backend.store(weight_grad, array)
+
+
+def _are_alike(array: Any, other: Any) -> bool:
+    """Return whether two arrays have one library, shape, dtype and device."""
+    try:
+        left, right = (
+            (backend_for("backward", "array", a).device(a), a.shape, a.dtype)
+            for a in (array, other)
+        )
+    except TypeError:  # one is no array
+        return False
+    return left == right

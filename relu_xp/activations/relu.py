@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, TypeVar, cast
 
 from relu_xp.activations._base import Layer, Pullback, forward, forward_with_pullback
@@ -274,7 +275,7 @@ class ReLU(Layer):
         self._parameters = make_parameters(negative_slope, threshold, positive_slope, max_value)
         self.inplace = inplace
 
-    @property
+    @functools.cached_property  # which a subclass may assign, as other projects' layers do
     def activation(self) -> Parameters:
         """The layer's four parameters."""
         return self._parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, TypeVar, cast
 
@@ -200,7 +201,7 @@ class RReLU(Layer):
         """The bounds of the slopes."""
         return self._bounds
 
-    @property
+    @functools.cached_property
     def activation(self) -> Parameters:
         """The four parameters of the layer in evaluation."""
         return self._parameters

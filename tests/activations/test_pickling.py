@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib.util
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -297,3 +298,44 @@ def test_a_subclass_may_assign_params_and_grads(row):
         layer.params.append(1)
         assert row.make_layer(NumPy).params == []
         layer.forward(X)
+
+
+class Guarded(PReLU):
+    """A subclass with a lock, which its state leaves out, and with a slot."""
+
+    __slots__ = ("label",)
+
+    def __init__(self):
+        super().__init__(2)
+        self.lock, self.label = threading.Lock(), "a"
+
+    def __getstate__(self):
+        attributes, slots = super().__getstate__()
+        return {name: value for name, value in attributes.items() if name != "lock"}, slots
+
+    def __setstate__(self, state):
+        attributes, slots = state
+        vars(self).update(attributes)
+        self.label, self.lock = slots["label"], threading.Lock()
+
+
+class Slotted(ReLU):
+    __slots__ = ("label",)
+
+
+@each_way
+def test_a_subclass_decides_what_its_state_is(load):
+    layer = Guarded()
+    y = layer.forward(-np.ones((1, 2)))
+    again = load(layer)
+    assert (again.label, again.params[0].tolist()) == ("a", [0.25, 0.25])
+    assert again.lock is not layer.lock
+    if load in COPIES.values():
+        assert again.backward(y).tolist() == layer.backward(y).tolist()
+    else:
+        assert "a pickle of a layer leaves that out" in message_of(again.backward, y)
+    if load in (PICKLES["protocol 0"], PICKLES["protocol 1"]):  # which refuse slots
+        return
+    slotted = Slotted()
+    slotted.label = "b"
+    assert load(slotted).label == "b"
