@@ -126,7 +126,7 @@ def as_real(name: str, value: Any) -> float:
         if getattr(value, "shape", None) == ():  # numbers of a file that numpy.load has read
             if isinstance(value, np.ndarray):
                 value = value[()]
-            else:
+            elif str(getattr(value, "dtype", "")).rpartition(".")[2] in DTYPES:
                 advice = f"; give float({name})"
         if not isinstance(value, bool) and isinstance(value, numbers.Real):
             if isinstance(value, numbers.Rational) and value.denominator == 1:

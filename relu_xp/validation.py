@@ -27,11 +27,12 @@ __all__ = [
     "check_mask",
     "check_out",
     "check_shape",
+    "is_scalar",
     "resolve",
     "unknown_length",
 ]
 
-_Resolved = tuple["Backend", CastParameters, bool]  # whether each array is to be checked
+_Resolved = tuple["Backend", CastParameters, bool]  # the last one: whether an array is checked
 
 _RESOLVED: dict[tuple[type, Any, Parameters], _Resolved] = {}
 _MAX_RESOLVED = 4096
@@ -61,7 +62,7 @@ def resolve(
             resolved = _RESOLVED[type(array), dtype, parameters]
             _LATEST[type(array)] = dtype, parameters, resolved
     except Exception:  # seen for the first time, or no array
-        if issubclass(type(array), np.generic):
+        if is_scalar(array):
             return resolve(function, argument, np.asarray(array), parameters, floating)
         backend = backend_for(function, argument, array)
         params = _cast(function, argument, array, backend, parameters, floating)
@@ -70,13 +71,18 @@ def resolve(
             _RESOLVED.clear()
         _RESOLVED[type(array), array.dtype, parameters] = resolved
         _LATEST[type(array)] = array.dtype, parameters, resolved
-    backend, params, is_checked = resolved
-    if is_checked:
+    backend, params, needs_check = resolved
+    if needs_check:
         if floating and not params.is_floating:
             raise _no_gradient(function, argument, array, backend)
         if reason := backend.why_unsupported(array):
             raise TypeError(f"{function}: {argument} {reason[0]}; convert it first, {reason[1]}")
     return array, backend, params
+
+
+def is_scalar(x: Any) -> bool:
+    """Return whether x is a NumPy scalar. `isinstance` would ask x for its class."""
+    return issubclass(type(x), np.generic)
 
 
 def _cast(

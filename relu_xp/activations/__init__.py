@@ -3,7 +3,7 @@
 See the README.md of this folder for how to add one.
 """
 
-from relu_xp.activations._base import Pullback
+from relu_xp.activations._pullback import Pullback
 from relu_xp.activations.crelu import CReLU, crelu, crelu_vjp
 from relu_xp.activations.prelu import PReLU, prelu, prelu_vjp
 from relu_xp.activations.presets import (

@@ -1,122 +1,21 @@
-"""What all activations share: the class of their layers, and the class of their gradients."""
+"""What all activations share: the passes of the ReLU family, and the class of the layers."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, SupportsIndex, TypeVar
+from typing import Any, Literal, Self, SupportsIndex, TypeVar
 
-import numpy as np
-
+from relu_xp.activations._pullback import Pullback
 from relu_xp.arrays import portable
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import RELU, CastParameters, Parameters
-from relu_xp.validation import check_grad_output, check_mask, check_out, resolve
+from relu_xp.parameters import RELU, Parameters
+from relu_xp.validation import check_mask, check_out, is_scalar, resolve
 
-__all__ = ["Layer", "Pullback", "Rule", "forward", "forward_with_pullback", "resolve_floating"]
+__all__ = ["Layer", "forward", "forward_with_pullback", "resolve_floating"]
 
 ArrayT = TypeVar("ArrayT")
-GradientT = TypeVar("GradientT", covariant=True)
-
-
-class Gradient(Protocol):
-    """The gradient of one activation; the parameters are cast to the dtype of `dy`."""
-
-    def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any: ...
-
-
-class Rule(NamedTuple):
-    """A `Gradient` made of a function and its first arguments.
-
-    Unlike `functools.partial` two of them compare by value, on which JAX depends: two pullbacks
-    with equal rules have one structure, for which nothing is compiled again.
-    """
-
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-    def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
-        """Return the gradient."""
-        return self.function(*self.arguments, dy, residuals, out)
-
-
-class Pullback(Generic[GradientT]):
-    """The gradient of one forward pass, as a function; it may be called any number of times.
-
-    Made by the functions whose name ends in ``_vjp``. It can be pickled and copied; for JAX it is a
-    pytree, whose leaves are what is kept for the gradient.
-    """
-
-    def __init__(
-        self,
-        rule: Gradient,
-        backend: Backend,
-        parameters: Parameters,
-        x: Any,
-        residuals: Any,
-        shape: tuple[int, ...] | None = None,
-        mask: Any = None,
-    ) -> None:
-        self._rule = rule
-        self._backend = backend
-        self._parameters = parameters
-        self._residuals = residuals
-        self._device = backend.device(x)
-        self._x_shape = x_shape = x.shape
-        self._shape = x_shape if shape is None else shape  # of y
-        self._mask = mask  # if it is the caller's
-
-    def __call__(self, dy: Any, /, *, out: Any = None) -> GradientT:
-        """Return the gradient with respect to the input.
-
-        Parameters
-        ----------
-        dy : array, shape of y
-            Gradient with respect to the output; any floating dtype, any layout, x's library and
-            device.
-        out : array, library, device and dtype of `dy`, shape of x, optional
-            Where to write the gradient with respect to x: `dy` itself, if y has the shape of x, or
-            an array that shares no memory with it, or with a ``mask`` of the caller's.
-
-        Returns
-        -------
-        array, shape of x, dtype of `dy`
-            For `prelu_vjp` two: with the gradient with respect to the weight.
-
-        Raises
-        ------
-        TypeError
-            If `dy` is not floating, or of another library.
-        ValueError
-            If `dy` has another shape or device, or `out` is not valid.
-        """
-        return self.backward("pullback", dy, out)
-
-    def backward(self, function: str, dy: Any, out: Any) -> GradientT:
-        """Return the gradient; an error names `function`."""
-        dy, grad_params = check_grad_output(
-            function, dy, self._parameters, self._device, self._shape, "forward saw"
-        )
-        if out is not None:
-            mask = self._mask
-            shape = None if self._shape == self._x_shape else self._x_shape
-            other = dy if mask is None else mask
-            if shape is not None or not self._backend.is_valid_out(out, dy, other):
-                check_out(function, out, dy, "dy", (dy, other), self._backend, shape)
-        gradient: GradientT = self._rule(grad_params, dy, self._residuals, out)
-        return gradient
-
-    @property
-    def saved_nbytes(self) -> int:
-        """Bytes held for the gradient.
-
-        Raises
-        ------
-        ValueError
-            If Dask does not know the size of x before it is computed.
-        """
-        return self._backend.residuals_nbytes(self._residuals)
 
 
 def resolve_floating(function: str, x: Any, out: Any) -> tuple[Any, Backend]:
@@ -169,16 +68,14 @@ class Layer:
     _inplace = False
     _keeps_shape = True  # whether y has the shape of x
 
-    # A subclass may assign other lists.
-
     @functools.cached_property
     def params(self) -> list[Any]:
-        """The arrays that are learned."""
+        """The arrays that are learned. A subclass may assign another list."""
         return []
 
     @functools.cached_property
     def grads(self) -> list[Any]:
-        """The gradient of each of them, from the latest `backward`."""
+        """The gradient of each of them, from the latest `backward`; may be assigned too."""
         return []
 
     @property
@@ -288,7 +185,7 @@ class Layer:
 
     @staticmethod
     def _out_in_place(function: str, array: ArrayT, out: ArrayT | None) -> ArrayT:
-        if issubclass(type(array), np.generic):
+        if is_scalar(array):
             raise TypeError(
                 f"{function}: a NumPy scalar cannot be overwritten, got {type(array).__name__}; "
                 "make the layer without inplace, or give a 0-d array"
@@ -305,45 +202,49 @@ class Layer:
         inplace = ["inplace=True"] * self._inplace
         return f"{type(self).__name__}({', '.join([*arguments, *inplace])})"
 
-    # A copy and a pickle both ask a subclass for its state, but a pickle gets less of it.
+    def __getstate__(self) -> Any:
+        return _map_attributes(dict, super().__getstate__())  # a subclass may change it
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        function, arguments, *rest = reduced
-        if rest:
-            rest[0] = _map_attributes(_pickled, rest[0])
-        return function, arguments, *rest
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str) or len(reduced) < 3:
+            return reduced
+        return *reduced[:2], _map_attributes(_pickled, reduced[2]), *reduced[3:]
 
     def __copy__(self) -> Self:
-        again = self._copy(lambda state: state, {})
+        reduced = super().__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return self
+        again: Any = copy.copy(_Reduced(reduced))
         for name in ("params", "grads"):  # the lists are the copy's own, the arrays are shared
             if name in vars(again):
                 setattr(again, name, copy.copy(getattr(again, name)))
-        return again
+        return again  # type: ignore[no-any-return]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        reduced = super().__reduce_ex__(4)
+        if isinstance(reduced, str):
+            return self
         try:
             copy.deepcopy(self._pullback, memo)
-        except Exception:  # of a tracer, which a compiled function has left: it is of no use
-            memo[id(self._pullback)] = None
-        return self._copy(lambda state: copy.deepcopy(state, memo), memo)
+        except Exception:  # of an array that cannot be copied, such as a tracer: it is shared
+            memo[id(self._pullback)] = self._pullback
 
-    def _copy(self, copy_of: Callable[[Any], Any], memo: dict[int, Any]) -> Self:
-        reduced: Any = super().__reduce_ex__(4)
-        function, arguments, state, *_ = reduced
-        again: Self = function(*arguments)
-        memo[id(self)] = again  # an attribute may lead back to the layer
-        state = copy_of(state)
-        if hasattr(again, "__setstate__"):
-            again.__setstate__(state)
+        def make(*arguments: Any) -> Any:
+            memo[id(self)] = again = reduced[0](*arguments)  # an attribute may lead back to it
             return again
 
-        def assign(attributes: dict[str, Any]) -> None:
-            for name, value in attributes.items():
-                setattr(again, name, value)
+        return copy.deepcopy(_Reduced((make, *reduced[1:])), memo)  # type: ignore[return-value]
 
-        _map_attributes(assign, state)
-        return again
+
+class _Reduced:
+    """What is copied as the object whose reduced form it has: of its own state, not a pickle's."""
+
+    def __init__(self, reduced: tuple[Any, ...]) -> None:
+        self._reduced = reduced
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return self._reduced
 
 
 def _map_attributes(function: Callable[[dict[str, Any]], Any], state: Any) -> Any:

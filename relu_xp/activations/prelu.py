@@ -8,7 +8,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from relu_xp.activations._base import Layer, Pullback, Rule
+from relu_xp.activations._base import Layer
+from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.dispatch import backend_for
 from relu_xp.parameters import RELU, as_real
@@ -36,9 +37,10 @@ def prelu(
         ``(64, 1, 1)`` or ``x.shape[1:]``. Any floating dtype: it is rounded to that of `x` first,
         and a slope of 0 then means exactly +0.
     axis : int, optional
-        Where the channels are, for a weight with one axis. By default the second axis, or the last
-        one if the weight has the length of that one only. For ONNX and NumPy, which broadcast such
-        a weight along the last axis always, give -1.
+        Where the channels are, for a weight with one axis. By default the second axis; or the last
+        one, if the weight has the length of that one and not of the second. Give -1 where the
+        channels are always last, as in x of shape (batch, time, channels) and in ONNX: without it
+        an x with as many times as channels takes the slopes along the times.
     out : array, like `x`, optional
         Where to write the result: `x` itself, or an array that shares no memory with it.
 
@@ -144,6 +146,8 @@ def _expanded_shape(
 ) -> tuple[int, ...]:
     """Return the shape that a weight gets: with an axis for each one of x."""
     ndim = len(x.shape)
+    if any(map(math.isnan, shape)):
+        raise ValueError(f"{function}: {name} has a shape that is not known, {shape}")
     if shape in ((), (1,)):
         return (1,) * ndim
     if len(shape) == 1:
@@ -166,6 +170,8 @@ def _expanded_shape(
 def _channel_axis(function: str, name: str, x: Any, count: int, axis: int | None) -> int:
     """Return the axis of x that has a channel for each of the slopes."""
     if axis is None:
+        if not len(x.shape):
+            raise ValueError(f"{function}: {name} has {count} slopes, but x has no axes")
         second, last = x.shape[1:2], x.shape[-1:]
         fits_last = count in last and count not in second and not any(map(math.isnan, second))
         axis = -1 if fits_last or not second else 1
@@ -193,8 +199,8 @@ class PReLU(Layer):
 
     The weight lies in one library. For another one make the layer with `xp`, or move it:
     ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle an array on a GPU becomes a
-    NumPy array; collect the layer's arrays again after that. `repr` shows neither the values nor
-    the library.
+    NumPy array, and its list another one; collect the layer's arrays again after that. `repr` shows
+    neither the values nor the library.
 
     Parameters
     ----------
@@ -229,6 +235,8 @@ class PReLU(Layer):
     >>> layer.grads
     [array([-2.], dtype=float32)]
     """
+
+    _has_gradient = False  # whether `backward` has been called
 
     def __init__(
         self,
@@ -268,17 +276,18 @@ class PReLU(Layer):
     def grads(self) -> list[Any]:
         """The gradient of the weight, in its library, shape and dtype; 0 before `backward`."""
         grads: list[Any] = vars(self)["grads"]
-        try:
-            weight, backend, _ = resolve("grads", _WEIGHT, self._weight(), RELU, floating=True)
-        except (TypeError, ValueError):  # `forward` says so
+        if self._has_gradient or (self.params and grads and _are_alike(grads[0], self.params[0])):
             return grads
-        if not (grads and _are_alike(grads[0], weight)):  # it has been replaced
-            grads[:1] = [backend.namespace(weight).zeros_like(weight)]
+        try:  # the weight has been replaced
+            weight, backend, _ = resolve("grads", _WEIGHT, self.params[0], RELU, floating=True)
+        except (IndexError, TypeError):  # `forward` says so
+            return grads
+        grads[:1] = [backend.namespace(weight).zeros_like(weight)]
         return grads
 
     @grads.setter
-    def grads(self, grads: list[Any]) -> None:
-        vars(self)["grads"] = grads
+    def grads(self, grads: Sequence[Any]) -> None:
+        vars(self)["grads"] = grads if isinstance(grads, list) else list(grads)
 
     def _forward(self, x: Any, out: Any) -> Any:
         return _prelu("forward", x, self._weight(), self._axis, out, _WEIGHT)
@@ -293,7 +302,9 @@ class PReLU(Layer):
 
     def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
         dx, weight_grad = pullback.backward("backward", dy, out)
-        self.grads[:1] = [_store(self.grads[0], weight_grad, (dy, dx))]
+        grads = self.grads
+        grads[:1] = [_store(grads[0] if grads else None, weight_grad, (dy, dx))]
+        self._has_gradient = True
         return dx
 
     def __repr__(self) -> str:

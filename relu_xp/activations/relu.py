@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar, TypeVar, cast
 
-from relu_xp.activations._base import Layer, Pullback, forward, forward_with_pullback
+from relu_xp.activations._base import Layer, forward, forward_with_pullback
+from relu_xp.activations._pullback import Pullback
 from relu_xp.parameters import ONE, ZERO, Parameters, make_parameters
 from relu_xp.validation import check_grad_output, check_out, resolve
 

@@ -10,12 +10,11 @@ import numpy as np
 
 from relu_xp.activations._base import (
     Layer,
-    Pullback,
-    Rule,
     forward,
     forward_with_pullback,
     resolve_floating,
 )
+from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, Parameters, as_real, make_parameters
 from relu_xp.validation import check_device, check_shape, resolve

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar, cast
 
-from relu_xp.activations._base import Layer, Pullback, Rule, resolve_floating
+from relu_xp.activations._base import Layer, resolve_floating
+from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU
 

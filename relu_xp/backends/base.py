@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import array_api_compat
 import numpy as np
@@ -31,14 +31,14 @@ class Backend:
     """Every pass in the array API standard; subclasses override what they do better.
 
     ``out`` is None, or an array that `check_out` has accepted: the result is written there, and
-    `out` is returned. Otherwise the result is a new array, in the layout of x, or of dy where
-    there is no x, if the library has layouts. No other argument is written.
+    `out` is returned. Otherwise the result is a new array; where the library has layouts, in that
+    of x or of dy, but never of a broadcast view. No other argument is written.
 
     Attributes
     ----------
     library : str
-        The name by which `relu_xp.dispatch.backend_named` returns this object: a pickle contains
-        that name only.
+        The name by which `relu_xp.dispatch.backend_named` has made this object, if it has: a
+        pickle then contains nothing else.
     checks_arrays : bool
         Whether `why_unsupported` is to be called for every array.
     """
@@ -280,10 +280,12 @@ class Backend:
             return sum(map(self.residuals_nbytes, residuals))
         return int(math.prod(residuals.shape)) * _itemsize(self.dtype_name(residuals.dtype))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         from relu_xp.dispatch import backend_named  # which imports this module
 
-        return backend_named, (self.library,)
+        if self.library:
+            return backend_named, (self.library,)
+        return super().__reduce_ex__(protocol)
 
 
 def concatenated_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from relu_xp.activations._base import Pullback
+from relu_xp.activations._pullback import Pullback
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters
 

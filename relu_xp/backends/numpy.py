@@ -207,6 +207,11 @@ class _Namespace:
         dtype = getattr(x, "dtype", None) or y.dtype
         return np.where(condition, np.asarray(x, dtype), np.asarray(y, dtype))
 
+    @staticmethod
+    def reshape(x: _Array, /, shape: tuple[int, ...]) -> _Array:
+        """Return an array in a shape: faster than a search in the namespace."""
+        return x.reshape(shape)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(array_api_compat.array_namespace(np.empty(0)), name)
 

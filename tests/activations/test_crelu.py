@@ -27,7 +27,9 @@ def test_it_concatenates_along_an_axis(xp, shape, axis):
 def test_x_needs_the_axis():
     for x, axis in ((np.ones(()), 1), (np.ones(3), 1), (X, 2), (X, -3), (X, 2**63 - 1)):
         for call in (relu_xp.crelu, relu_xp.crelu_vjp):
-            with pytest.raises(ValueError, match=f"^{call.__name__}: x has shape .* no axis {axis}"):
+            with pytest.raises(
+                ValueError, match=f"^{call.__name__}: x has shape .* no axis {axis}"
+            ):
                 call(x, axis=axis)
         with pytest.raises(ValueError, match=f"^forward: x has shape .* no axis {axis}"):
             CReLU(axis).forward(x)

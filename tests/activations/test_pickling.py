@@ -4,38 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
 import pickle
-import threading
 
 import numpy as np
 import pytest
 from operands import bits
 from table import NOTHING_SAVED, NumPy, each_row, x_gradient
+from travel import COPIES, PICKLES, each_copy, each_pickle, each_way, message_of, reloaded
 
 import relu_xp
 from relu_xp import PReLU, ReLU, dispatch
 
 X = np.linspace(-4, 8, 60, dtype=np.float32).reshape(6, 10)
-
-
-def reloaded(value, dumps=pickle.dumps, **options):
-    return pickle.loads(dumps(value, **options))
-
-
-PICKLES = {
-    f"protocol {n}": functools.partial(reloaded, protocol=n)
-    for n in range(pickle.HIGHEST_PROTOCOL + 1)
-}
-if importlib.util.find_spec("cloudpickle"):
-    import cloudpickle
-
-    PICKLES["cloudpickle"] = functools.partial(reloaded, dumps=cloudpickle.dumps)
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy}
-
-each_pickle = pytest.mark.parametrize("load", PICKLES.values(), ids=PICKLES)
-each_copy = pytest.mark.parametrize("load", COPIES.values(), ids=COPIES)
-each_way = pytest.mark.parametrize("load", (PICKLES | COPIES).values(), ids=PICKLES | COPIES)
 
 
 def arrays_travel(xp, load):
@@ -141,12 +121,6 @@ def test_a_pickled_layer_leaves_behind_what_is_saved(row, load):
     assert layer.saved_nbytes == nbytes > 0
     if not row.draws:
         assert len(pickle.dumps(layer)) < 800, "neither an array of the batch nor a cache"
-
-
-def message_of(call, *arguments):
-    with pytest.raises(RuntimeError, match="^backward: nothing is saved.*call forward") as caught:
-        call(*arguments)
-    return str(caught.value)
 
 
 @each_row
@@ -267,75 +241,24 @@ def test_arrays_on_a_gpu_become_numpys(load):
     assert type(layer.params[0]) is DeviceArray
 
 
-# ---- Lists of a subclass ------------------------------------------------------------------------
+class Uncopyable:
+    """What is saved by a library whose arrays cannot be copied."""
+
+    def __deepcopy__(self, memo):
+        raise MemoryError
 
 
-@each_row
-def test_a_subclass_may_assign_params_and_grads(row):
-    """As the layers of the second textbook do."""
-
-    class Mine(row.layer):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.params, self.grads = [*self.params, np.ones(2)], [*self.grads, np.zeros(2)]
-
-    layer = Mine(**row.keywords)
-    assert layer.params[-1].tolist() == [1, 1]
-    assert len(layer.params) == len(layer.grads) == 1 + (row.name == "prelu")
-    y = layer.forward(X)
-    layer.backward(y)
-    again = copy.copy(layer)
-    again.params.append(None)
-    assert layer.params[-1] is not None
-    assert again.params[-2] is layer.params[-1]
-    layer.params, layer.grads = [], []
-    assert layer.params == layer.grads == []
-    assert row.make_layer(NumPy).params == row.make_layer(NumPy).params, "no list is shared"
-    if row.name == "prelu":
-        with pytest.raises(ValueError, match=r"^forward: layer\.params is empty"):
-            layer.forward(X)
-    else:
-        layer.params.append(1)
-        assert row.make_layer(NumPy).params == []
-        layer.forward(X)
+def test_what_cannot_be_copied_is_shared():
+    layer = ReLU()
+    layer.forward(X)
+    layer._pullback.note = Uncopyable()
+    again = copy.deepcopy(layer)
+    assert again._pullback is layer._pullback
+    np.testing.assert_array_equal(again.backward(X), layer.backward(X))
 
 
-class Guarded(PReLU):
-    """A subclass with a lock, which its state leaves out, and with a slot."""
-
-    __slots__ = ("label",)
-
-    def __init__(self):
-        super().__init__(2)
-        self.lock, self.label = threading.Lock(), "a"
-
-    def __getstate__(self):
-        attributes, slots = super().__getstate__()
-        return {name: value for name, value in attributes.items() if name != "lock"}, slots
-
-    def __setstate__(self, state):
-        attributes, slots = state
-        vars(self).update(attributes)
-        self.label, self.lock = slots["label"], threading.Lock()
-
-
-class Slotted(ReLU):
-    __slots__ = ("label",)
-
-
-@each_way
-def test_a_subclass_decides_what_its_state_is(load):
-    layer = Guarded()
-    y = layer.forward(-np.ones((1, 2)))
-    again = load(layer)
-    assert (again.label, again.params[0].tolist()) == ("a", [0.25, 0.25])
-    assert again.lock is not layer.lock
-    if load in COPIES.values():
-        assert again.backward(y).tolist() == layer.backward(y).tolist()
-    else:
-        assert "a pickle of a layer leaves that out" in message_of(again.backward, y)
-    if load in (PICKLES["protocol 0"], PICKLES["protocol 1"]):  # which refuse slots
-        return
-    slotted = Slotted()
-    slotted.label = "b"
-    assert load(slotted).label == "b"
+def test_a_backend_that_has_no_name_is_pickled_itself():
+    backend = dispatch.backend_class("numpy")()
+    for load in (*PICKLES.values(), *COPIES.values()):
+        assert type(load(backend)) is type(backend)
+        assert load(dispatch.backend_named("numpy")) is dispatch.backend_named("numpy")
