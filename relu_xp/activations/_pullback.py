@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+import functools
+from typing import Any, Generic, Protocol, TypeVar
 
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import CastParameters, Parameters
@@ -20,19 +20,18 @@ class Gradient(Protocol):
     def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any: ...
 
 
-class Rule(NamedTuple):
+class Rule(functools.partial[Any]):
     """A `Gradient` made of a function and its first arguments.
 
-    Unlike `functools.partial` two of them compare by value, on which JAX depends: two pullbacks
-    with equal rules have one structure, for which nothing is compiled again.
+    Two of them compare by value, on which JAX depends: two pullbacks with equal rules have one
+    structure, for which nothing is compiled again.
     """
 
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and (self.func, self.args) == (other.func, other.args)
 
-    def __call__(self, params: CastParameters, dy: Any, residuals: Any, out: Any, /) -> Any:
-        """Return the gradient."""
-        return self.function(*self.arguments, dy, residuals, out)
+    def __hash__(self) -> int:
+        return hash((self.func, self.args))
 
 
 class Pullback(Generic[GradientT]):

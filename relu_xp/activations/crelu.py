@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 from relu_xp.activations._base import Layer
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend, concatenated_shape
-from relu_xp.parameters import RELU
+from relu_xp.parameters import RELU, CastParameters
 from relu_xp.validation import as_axis, as_integer, check_out, resolve, unknown_length
 
 __all__ = ["CReLU", "crelu", "crelu_vjp"]
@@ -85,10 +85,12 @@ def _crelu_vjp(function: str, x: Any, axis: int, out: Any) -> tuple[Any, Pullbac
     mask = backend.crelu_mask(x)
     y = backend.crelu(x, axis, out)
     shape = concatenated_shape(x.shape, axis)
-    return y, Pullback(Rule(_gradient, (backend, axis)), backend, RELU, x, mask, shape)
+    return y, Pullback(Rule(_gradient, backend, axis), backend, RELU, x, mask, shape)
 
 
-def _gradient(backend: Backend, axis: int, dy: Any, residuals: Any, out: Any) -> Any:
+def _gradient(
+    backend: Backend, axis: int, params: CastParameters, dy: Any, residuals: Any, out: Any
+) -> Any:
     return backend.crelu_backward(dy, residuals, axis, out)
 
 

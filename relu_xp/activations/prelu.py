@@ -12,7 +12,7 @@ from relu_xp.activations._base import Layer
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.dispatch import backend_for
-from relu_xp.parameters import RELU, as_real
+from relu_xp.parameters import RELU, CastParameters, as_real
 from relu_xp.validation import as_axis, as_integer, check_device, check_out, resolve, unknown_length
 
 __all__ = ["PReLU", "prelu", "prelu_vjp"]
@@ -109,11 +109,16 @@ def _prelu_vjp(
     x, backend, shape, expanded = _resolve(function, x, weight, axis, out, name)
     residuals = backend.copy(x), backend.copy(expanded)  # first, since out may be x
     y = backend.prelu(x, x, expanded, out)
-    return y, Pullback(Rule(_gradients, (backend, shape)), backend, RELU, x, residuals)
+    return y, Pullback(Rule(_gradients, backend, shape), backend, RELU, x, residuals)
 
 
 def _gradients(
-    backend: Backend, shape: tuple[int, ...], dy: Any, residuals: Any, out: Any
+    backend: Backend,
+    shape: tuple[int, ...],
+    params: CastParameters,
+    dy: Any,
+    residuals: Any,
+    out: Any,
 ) -> tuple[Any, Any]:
     """Return dx, and the weight's gradient in a shape."""
     x, weight = residuals
@@ -269,8 +274,8 @@ class PReLU(Layer):
             raise TypeError(f"dtype must be a floating dtype, got {dtype}") from error
         if not math.isfinite(float(weight[(0,) * len(shape)])):
             raise ValueError(f"init must be finite in {weight.dtype}, got {init}")
-        self.params = [weight]
-        self.grads = [xp.zeros(shape, dtype=dtype)]
+        # Not by assignment: a subclass may have a property of that name, which cannot be set.
+        vars(self).update(params=[weight], grads=[xp.zeros(shape, dtype=dtype)])
 
     @property
     def grads(self) -> list[Any]:

@@ -16,7 +16,7 @@ from relu_xp.activations._base import (
 )
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import RELU, Parameters, as_real, make_parameters
+from relu_xp.parameters import RELU, CastParameters, Parameters, as_real, make_parameters
 from relu_xp.validation import check_device, check_shape, resolve
 
 __all__ = ["RReLU", "rrelu", "rrelu_vjp"]
@@ -135,10 +135,10 @@ def _rrelu_vjp(
     slopes = _random_slopes(function, backend, x, bounds, rng)
     derivative = backend.prelu(None, x, slopes, None)  # first, since out may be x
     y = backend.prelu(x, None, derivative, out)
-    return y, Pullback(Rule(_gradient, (backend,)), backend, RELU, x, derivative)
+    return y, Pullback(Rule(_gradient, backend), backend, RELU, x, derivative)
 
 
-def _gradient(backend: Backend, dy: Any, residuals: Any, out: Any) -> Any:
+def _gradient(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any) -> Any:
     return backend.prelu(dy, None, residuals, out)
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 from relu_xp.activations._base import Layer, resolve_floating
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
-from relu_xp.parameters import RELU
+from relu_xp.parameters import RELU, CastParameters
 
 __all__ = ["SquaredReLU", "squared_relu", "squared_relu_vjp"]
 
@@ -76,10 +76,10 @@ def _squared_relu_vjp(function: str, x: Any, out: Any) -> tuple[Any, Pullback[An
     x, backend = resolve_floating(function, x, out)
     residuals = backend.copy(x)  # first, since out may be x
     y = backend.squared_relu(x, out)
-    return y, Pullback(Rule(_gradient, (backend,)), backend, RELU, x, residuals)
+    return y, Pullback(Rule(_gradient, backend), backend, RELU, x, residuals)
 
 
-def _gradient(backend: Backend, dy: Any, residuals: Any, out: Any) -> Any:
+def _gradient(backend: Backend, params: CastParameters, dy: Any, residuals: Any, out: Any) -> Any:
     return backend.squared_relu_backward(dy, residuals, out)
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from relu_xp.backends.base import concatenated_shape, split
 from relu_xp.backends.numpy import NumpyBackend, round_sum, round_to
 from relu_xp.kernels import _cpu as cpu
-from relu_xp.mask import Mask, mask_nbytes
+from relu_xp.mask import Mask, mask_nbytes, new_like
 from relu_xp.parameters import RELU, CastParameters
 
 __all__ = ["CompiledBackend"]
@@ -90,7 +90,7 @@ class CompiledBackend(NumpyBackend):
         wide = max(np.dtype(np.float32), x.dtype, dy.dtype, key=lambda dtype: dtype.itemsize)
         dx = cpu.squared_relu_backward(round_to(x, wide), round_to(dy, wide), None)
         if out is None:
-            return round_to(dx, dy.dtype)
+            out = new_like(np, dy.dtype, dy, x)
         with np.errstate(all="ignore"):
             out[...] = dx
         return out

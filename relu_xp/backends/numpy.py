@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from relu_xp.backends.base import Backend, concatenated_shape, draw
 from relu_xp.backends.overlap import check_overlap
-from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order, new_like, pack, unpack
+from relu_xp.mask import Axes, Mask, is_broadcast, mask_nbytes, memory_order, new_like, pack, unpack
 from relu_xp.parameters import DTYPES, CastParameters
 
 __all__ = ["NumpyBackend", "round_sum", "round_to"]
@@ -172,8 +172,8 @@ class NumpyBackend(Backend):
         return _DEVICE
 
     def copy(self, x: _Array) -> _Array:
-        """Return a copy in the same layout."""
-        return x.copy("K")
+        """Return a copy in the same layout, or of a broadcast view in C order."""
+        return x.copy("C" if is_broadcast(x) else "K")
 
     def check_out(self, out: _Array, inputs: Sequence[_Array]) -> None:
         """Refuse an `out` that is read-only, or that overlaps an input without being it."""
@@ -207,10 +207,8 @@ class _Namespace:
         dtype = getattr(x, "dtype", None) or y.dtype
         return np.where(condition, np.asarray(x, dtype), np.asarray(y, dtype))
 
-    @staticmethod
-    def reshape(x: _Array, /, shape: tuple[int, ...]) -> _Array:
-        """Return an array in a shape: faster than a search in the namespace."""
-        return x.reshape(shape)
+    reshape = staticmethod(np.reshape)
+    zeros_like = staticmethod(np.zeros_like)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(array_api_compat.array_namespace(np.empty(0)), name)

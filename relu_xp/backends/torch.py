@@ -120,6 +120,8 @@ class TorchBackend(Backend):
 
     def why_unsupported(self, x: Any) -> tuple[str, str] | None:
         """Return a reason for a layout other than PyTorch's usual one."""
+        if type(x) in _CLASSES and x.layout is torch.strided and not x.is_nested:
+            return None
         if isinstance(x, torch.masked.MaskedTensor):
             return "is a MaskedTensor, whose mask would be lost", "by its method get_data()"
         if x.is_nested:

@@ -119,6 +119,9 @@ def test_a_broadcast_gradient_is_in_the_layout_of_x(xp, name):
             row = np.ones(y.shape, np.float32).sum(axis, keepdims=True)
             dx = x_gradient(pullback(xp.array(np.broadcast_to(row, y.shape))))
             assert dx.strides == x.strides
+    rows = xp.array(np.broadcast_to(np.ones((1, 5, 7), np.float32), (3, 5, 7)))
+    if name != "crelu":
+        assert x_gradient(ROWS[name].call_vjp(xp, rows)[1](rows)).strides == (140, 28, 4)
     if name == "relu":
         dx = relu_xp.relu_backward(xp.array(np.broadcast_to(row, x.shape)), xp.array(x))
         assert dx.strides == x.strides
