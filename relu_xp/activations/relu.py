@@ -34,8 +34,9 @@ def relu(
     Parameters
     ----------
     x : array, any shape
-        float16, bfloat16, float32, float64, or an integer dtype that holds the parameters.
-    negative_slope : float, optional
+        float16, bfloat16, float32, float64, or an integer dtype that holds the parameters. In all
+        functions and layers a NumPy scalar is taken as the 0-d array that it stands for.
+    negative_slope : float, or 0-d array of NumPy's, optional
         Factor at and below the threshold. 0 means exactly +0, never a product.
     threshold : float, optional
         Where the slope changes; an x that equals it belongs to the lower branch.
