@@ -64,6 +64,28 @@ def test_prelu_weight_gradient_sums_what_is_not_above_0(library: Library, dtype:
         np.testing.assert_array_equal(library.numpy(dx).astype(np.float64), expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 1), (3, 4), (1, 3, 1), (2, 3, 4), (2, 1, 4)], ids=str)
+def test_prelu_weight_broadcasts(library: Library, dtype: str, shape: tuple[int, ...]) -> None:
+    """A weight of any shape that broadcasts to x, and its gradient in that shape: exact numbers."""
+    host, gradient = (np.resize(few, (2, 3, 4)) for few in ([-3.0, 2, -1, 0, 5], [1.0, -2, 4]))
+    slopes = np.resize([-0.5, 0.25, 1, 0], shape)
+    arrays = (array.astype(reference.DTYPES[dtype]) for array in (host, gradient, slopes))
+    x, dy, weight = map(library.array, arrays)
+    y, pullback = relu_xp.prelu_vjp(x, weight)
+    dx, weight_grad = pullback(dy)
+    terms = np.where(host > 0, 0, host * gradient)
+    aligned = (1,) * (3 - len(shape)) + shape
+    summed = tuple(axis for axis, length in enumerate(aligned) if length == 1)
+    for result, expected in (
+        (y, np.where(host > 0, host, slopes * host)),
+        (dx, np.where(host > 0, gradient, slopes * gradient)),
+        (weight_grad, terms.sum(summed, keepdims=True).reshape(shape)),
+    ):
+        found = library.numpy(result)
+        assert found.shape == expected.shape
+        np.testing.assert_array_equal(found.astype(np.float64), expected)
+
+
 @pytest.mark.parametrize("preset", ["relu", "leaky"])
 def test_rrelu_obeys_the_table(library: Library, dtype: str, preset: str) -> None:
     """RReLU with equal bounds is leaky ReLU, in evaluation and in training."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -292,6 +293,19 @@ def test_an_invalid_out_is_refused(library: Library) -> None:
             call(memory[:8], out=memory[4:])
     with pytest.raises(ValueError, match="out overlaps an input without being the same"):
         relu_xp.relu_backward(x, memory[:8], out=memory[4:])
+
+
+@_each_activation
+def test_a_pullback_can_be_pickled(library: Library, name: str) -> None:
+    """With its residuals, where the library's arrays can be."""
+    x = library.array(np.linspace(-2, 2, 8, dtype=np.float32))
+    try:
+        pickle.dumps(x)
+    except TypeError:
+        pytest.skip(f"arrays of {library.name} cannot be pickled")
+    y, pullback = _VJPS[name](x)
+    found, dx = (library.numpy(_dx(p(y))) for p in (pickle.loads(pickle.dumps(pullback)), pullback))
+    np.testing.assert_array_equal(found, dx)
 
 
 @_each_relu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import pytest
 from libraries import LIBRARIES
@@ -13,6 +14,7 @@ from relu_xp.testing import conformance, reference
 
 xp = pytest.importorskip("array_api_strict")
 BASE = Backend()
+CANNOT_PICKLE = AttributeError, pickle.PicklingError  # of a local function, by version of Python
 
 
 def keep_input(self, params, x, out, mask):
@@ -43,6 +45,22 @@ def add_halves(self, dy, mask, axis, out):
 
 def forget_factor(self, dy, x, out):
     return BASE.squared_relu_backward(dy, x, out) / 2
+
+
+def one_axis(self, dy, x, weight):
+    first = next((axis for axis, length in enumerate(weight.shape) if length > 1), None)
+    shape = tuple(n if axis == first else 1 for axis, n in enumerate(weight.shape))
+    total = BASE.prelu_weight_grad(dy, x, xp.zeros(shape, dtype=weight.dtype))
+    return xp.broadcast_to(total, weight.shape)
+
+
+def keep_function(self, params, x, out, mask):
+    y, codes = BASE.forward_with_mask(params, x, out, mask)
+    return y, lambda: codes
+
+
+def call_function(self, grad_params, dy, residuals, out):
+    return BASE.backward(grad_params, dy, residuals(), out)
 
 
 def fault(test, **methods):
@@ -76,6 +94,10 @@ FAULTS = {
         "prelu_weight_gradient_sums_what_is_not_above_0",
         prelu_weight_grad=lambda self, dy, x, weight: xp.sum(x * dy, keepdims=True),
     ),
+    "PReLU, axes": fault("prelu_weight_broadcasts", prelu_weight_grad=one_axis),
+    "pickle": fault(
+        "a_pullback_can_be_pickled", forward_with_mask=keep_function, backward=call_function
+    ),
     "CReLU, sign": fault("crelu_obeys_the_table", crelu_backward=add_halves),
     "squared ReLU": fault("squared_relu_obeys_the_table", squared_relu_backward=forget_factor),
     "RReLU": fault(
@@ -98,13 +120,14 @@ def test_a_wrong_backend_fails(monkeypatch, name, methods):
     monkeypatch.setattr(validation, "_RESOLVED", {})
     monkeypatch.setattr(validation, "_LATEST", {})
     backend = type("Faulty", (Backend,), methods)()
+    backend.library = "array_api_strict"
     monkeypatch.setitem(dispatch.BACKENDS, type(xp.asarray(0.0)), backend)
 
     def run():
         for chosen in itertools.product(*values):
             test(**fixtures, **dict(zip(keys, chosen, strict=True)))
 
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, *CANNOT_PICKLE, pytest.fail.Exception)):
         run()
 
 
