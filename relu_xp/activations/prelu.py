@@ -204,8 +204,9 @@ class PReLU(Layer):
 
     The weight lies in one library. For another one make the layer with `xp`, or move it:
     ``layer.params[0] = cupy.asarray(layer.params[0])``. In a pickle an array on a GPU becomes a
-    NumPy array, and its list another one; collect the layer's arrays again after that. `repr` shows
-    neither the values nor the library.
+    NumPy array, and its list another one. After that, and after ``joblib.load``, which makes an
+    array of each reference to one, collect the layer's arrays again. `repr` shows neither the
+    values nor the library.
 
     Parameters
     ----------
