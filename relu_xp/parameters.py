@@ -140,7 +140,8 @@ def as_real(name: str, value: Any) -> float:
         kind = type(value).__name__
         raise TypeError(f"{name} must be a real number, got {kind}{advice}") from cause
     if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
+        omit = "; omit it, and there is no ceiling" * (name == "max_value" and number > 0)
+        raise ValueError(f"{name} must be finite, got {number}{omit}")
     if exact is not None and number != exact:
         return exact
     return number + 0.0  # -0.0 is stored as 0.0

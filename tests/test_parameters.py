@@ -93,6 +93,14 @@ def test_a_number_that_is_a_0d_array(require):
     assert relu_xp.leaky_relu(x, float(strict)).tolist() == [-1, 3]
 
 
+def test_an_infinite_ceiling_is_none():
+    with pytest.raises(ValueError, match=r"^max_value must be finite, got inf; omit it"):
+        relu_xp.relu(X, max_value=np.inf)
+    for options in ({"max_value": -np.inf}, {"threshold": np.inf}, {"max_value": np.nan}):
+        with pytest.raises(ValueError, match="must be finite, got (-?inf|nan)$"):
+            relu_xp.relu(X, **options)
+
+
 def test_numbers_of_any_type():
     half = {"__float__": lambda self: 0.5}
     for value in (
