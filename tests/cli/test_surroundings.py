@@ -40,7 +40,8 @@ def complete(require, process, monkeypatch, tmp_path):
         assert re.sub(OTHERS, "", result.stderr.replace("\r", "\n")).strip() == ""
         assert result.returncode == 0
         files = {name + suffix for suffix in re.findall(r"\{\}(\.\w+)", command)}
-        assert {file.name for file in folder.iterdir()} == files
+        made = {file.name for file in folder.iterdir()} - {"~"}  # of CuPy, which has a cache
+        assert made == files
         return result.stdout
 
     return run
@@ -62,7 +63,7 @@ def test_no_home_and_no_entry_of_the_user(complete, monkeypatch, tmp_path, comma
     )
     out = complete(command, "file", path=[tmp_path])
     assert out.startswith("no home\n")
-    assert "not available" not in out, "a library needs a home"
+    assert not re.search("not available: (?!cuda)", out), "a library needs a home"
 
 
 # ---- terminals
