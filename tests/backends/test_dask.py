@@ -156,7 +156,7 @@ def test_other_chunks_than_were_declared():
     with pytest.raises(ValueError, match=r"a chunk of dy has shape \(4,\), the one of x \(2,\)"):
         relu_xp.relu_backward(da.ones(4, chunks=4), short).compute()
     lists = da.ones(4, chunks=4).map_blocks(lambda block: block.tolist(), meta=np.empty(0))
-    with pytest.raises(TypeError, match="relu: chunk must be an array, got list"):
+    with pytest.raises(TypeError, match="relu: a chunk of x must be an array, got list"):
         relu_xp.relu(lists).compute()
 
 
