@@ -274,6 +274,12 @@ def test_an_invalid_out_is_refused(library: Library) -> None:
     dtype, other = library.dtypes[0], library.dtypes[-1]
     host = np.arange(-4.0, 4.0).astype(reference.DTYPES[dtype])
     x = library.array(host)
+    try:
+        relu_xp.relu(x, out=library.array(host.copy()))
+    except TypeError:  # no array can be written, whatever else is wrong with it
+        with pytest.raises(TypeError, match="relu: out cannot be written"):
+            relu_xp.relu(x, out=host.tolist())
+        return
     with pytest.raises(TypeError, match="relu: out must be an array, got list"):
         relu_xp.relu(x, out=host.tolist())
     with pytest.raises(ValueError, match=r"relu: out has shape \(3,\), x is \(8,\)"):
@@ -282,10 +288,7 @@ def test_an_invalid_out_is_refused(library: Library) -> None:
         with pytest.raises(TypeError, match=f"relu: out has dtype .*{other}, the result .*{dtype}"):
             relu_xp.relu(x, out=library.array(host.astype(reference.DTYPES[other])))
     memory = library.array(np.full(12, 5, host.dtype))
-    try:
-        relu_xp.relu(x, out=memory[4:])
-    except TypeError:
-        return  # cannot be written at all
+    relu_xp.relu(x, out=memory[4:])
     if (library.numpy(memory)[4:] == 5).all():
         return  # a slice is a copy
     for call in (relu_xp.relu, relu_xp.relu_grad, relu_xp.relu_vjp):
