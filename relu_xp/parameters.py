@@ -200,7 +200,7 @@ def is_integer(dtype_name: str) -> bool:
 
 
 def unsupported(dtype_name: str, integers: bool = True) -> TypeError:
-    """Return the error for an unsupported dtype; `integers` tells whether integers are supported."""
+    """Return the error for a dtype, where integers are supported or not."""
     taken = ", ".join(_FLOATING) + ", int8 to int64, uint8 to uint64" * integers
     return TypeError(f"unsupported dtype {dtype_name}; give an array of {taken}")
 
