@@ -1,8 +1,9 @@
-"""Conversion of any library's arrays to NumPy, and back."""
+"""Arrays of any library: to NumPy and back, and their halves along an axis."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -10,7 +11,7 @@ import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["from_numpy", "portable", "to_numpy"]
+__all__ = ["concatenated_shape", "from_numpy", "portable", "split", "to_numpy"]
 
 _HOST = (1, 3)  # of the DLPack standard: memory of the CPU, and such memory that CUDA has pinned
 
@@ -51,6 +52,18 @@ def from_numpy(host: npt.NDArray[Any], like: Any) -> Any:
     """Return a copy of a NumPy array, in the library and on the device of `like`."""
     xp = array_api_compat.array_namespace(like)
     return xp.asarray(host.copy(), device=array_api_compat.device(like))
+
+
+def concatenated_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """Return a shape of twice the length along an axis (not negative)."""
+    return tuple(n * (1 + (i == axis)) for i, n in enumerate(shape))
+
+
+def split(y: Any, axis: int) -> tuple[Any, Any]:
+    """Return the halves of an array along an axis (not negative), as views if possible."""
+    middle = y.shape[axis] // 2
+    before = (slice(None),) * axis
+    return y[(*before, slice(None, middle), ...)], y[(*before, slice(middle, None), ...)]
 
 
 def portable(arrays: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 from relu_xp.activations._base import Layer
 from relu_xp.activations._pullback import Pullback, Rule
-from relu_xp.backends.base import Backend, concatenated_shape
+from relu_xp.arrays import concatenated_shape
+from relu_xp.backends.base import Backend
 from relu_xp.parameters import RELU, CastParameters
 from relu_xp.validation import as_axis, as_integer, check_out, resolve, unknown_length
 

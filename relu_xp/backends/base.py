@@ -20,19 +20,20 @@ from typing import Any, SupportsIndex
 import array_api_compat
 import numpy as np
 
+from relu_xp.arrays import split
 from relu_xp.backends.overlap import check_overlap
 from relu_xp.mask import Mask
 from relu_xp.parameters import CastParameters
 
-__all__ = ["Backend", "concatenated_shape", "draw", "split"]
+__all__ = ["Backend", "draw"]
 
 
 class Backend:
     """Every pass in the array API standard; subclasses override what they do better.
 
-    ``out`` is None, or an array that `check_out` has accepted: the result is written there, and
-    `out` is returned. Otherwise the result is a new array; where the library has layouts, in that
-    of x or of dy, but never of a broadcast view. No other argument is written.
+    ``out`` is None, or an array that `check_out` has accepted: the result is written there. If None
+    it is a new array; where the library has layouts, in that of x or of dy, but never of a
+    broadcast view. No other argument is written.
 
     Attributes
     ----------
@@ -62,10 +63,10 @@ class Backend:
     def forward_with_mask(
         self, params: CastParameters, x: Any, out: Any, mask: Any
     ) -> tuple[Any, Any]:
-        """Return f(x) and the residuals that `backward` needs, which share no memory with either.
+        """Return f(x) and the residuals that `backward` needs: here, the branch codes.
 
-        Here they are the branch codes. `mask` is None, or a 1-D contiguous array of uint8 to store
-        the residuals in, of at least as many elements as `mask_nbytes` returns.
+        They share no memory with x or f(x). `mask` is None, or a 1-D contiguous array of uint8 for the
+        residuals, of at least as many elements as `mask_nbytes` returns.
         """
         codes = self.branch_codes(params, x)  # first, since out may be x
         return self.forward(params, x, out), codes
@@ -107,6 +108,38 @@ class Backend:
             return is_upper & ~at_max
         return xp.astype(is_upper, xp.uint8) + xp.astype(is_upper & at_max, xp.uint8)
 
+    # f of x + bias. `bias` has as many axes as x, all of length 1 but the one along which it goes.
+
+    def bias_relu(self, params: CastParameters, x: Any, bias: Any, out: Any) -> Any:
+        """Return f(x + bias); the bias, then the sum are rounded to the dtype of x."""
+        return self.forward(params, self._add_bias(x, bias), out)
+
+    def bias_relu_with_mask(
+        self, params: CastParameters, x: Any, bias: Any, out: Any, mask: Any
+    ) -> tuple[Any, Any]:
+        """Return f(x + bias) and the residuals of the sum, as `forward_with_mask` does."""
+        return self.forward_with_mask(params, self._add_bias(x, bias), out, mask)
+
+    def bias_relu_backward(
+        self,
+        grad_params: CastParameters,
+        dy: Any,
+        residuals: Any,
+        shape: tuple[int, ...],
+        dtype: Any,
+        out: Any,
+    ) -> tuple[Any, Any]:
+        """Return dx = f'(x + bias) * dy, and the bias's gradient, in its shape and dtype.
+
+        That is the sum of dx, computed as in `prelu_weight_grad`.
+        """
+        dx = self.backward(grad_params, dy, residuals, out)
+        xp = self.namespace(dx)
+        return dx, xp.astype(_sum(xp, xp.astype(dx, _widest(xp)), shape), dtype)
+
+    def _add_bias(self, x: Any, bias: Any) -> Any:
+        return x + self.namespace(x).astype(bias, x.dtype, copy=False)
+
     # Activations with other parameters. Arrays are floating; x is compared with 0 as in ReLU.
 
     def prelu(self, values: Any, x: Any, weight: Any, out: Any) -> Any:
@@ -139,12 +172,9 @@ class Backend:
         It is summed in float64 where the library has it; the same inputs give the same bits.
         """
         xp = self.namespace(x)
-        wide = xp.__array_namespace_info__().dtypes().get("float64", xp.float32)
+        wide = _widest(xp)
         terms = xp.astype(xp.where(x <= 0, x, 0), wide) * xp.astype(xp.where(x <= 0, dy, 0), wide)
-        axes = tuple(axis for axis, length in enumerate(weight.shape) if length == 1)
-        if axes:
-            terms = xp.sum(terms, axis=axes, keepdims=True)
-        return xp.astype(terms, weight.dtype)
+        return xp.astype(_sum(xp, terms, weight.shape), weight.dtype)
 
     def crelu(self, x: Any, axis: int, out: Any) -> Any:
         """Return ``relu(x)`` and ``relu(-x)``, concatenated along an axis."""
@@ -238,8 +268,8 @@ class Backend:
     def is_valid_out(self, out: Any, like: Any, other: Any) -> bool:
         """Return whether a quick test shows that `out` is valid; if not, it is checked in full.
 
-        That is, an array of the class, device, shape and dtype of `like` that may be written and
-        shares no memory with `like` or `other`, unless it is the same view. `out` may be anything.
+        That is, an array of the class, device, shape and dtype of `like` that may be written, and
+        is `like` or `other` or shares no memory with them. `other` may have any shape and dtype.
         """
         return False
 
@@ -259,10 +289,7 @@ class Backend:
             check_overlap(view, [other for other in others if other is not None])
 
     def memory_view(self, x: Any) -> np.ndarray[Any, Any] | None:
-        """Return a NumPy array with the addresses of x; None if they are unknown.
-
-        Its elements are not read. Without one an overlap is not detected.
-        """
+        """Return a NumPy array with the addresses of x, or None: overlaps are not detected then."""
         try:
             return np.from_dlpack(x)
         except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
@@ -288,18 +315,6 @@ class Backend:
         return super().__reduce_ex__(protocol)
 
 
-def concatenated_shape(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """Return a shape of twice the length along an axis (not negative)."""
-    return tuple(n * (1 + (i == axis)) for i, n in enumerate(shape))
-
-
-def split(y: Any, axis: int) -> tuple[Any, Any]:
-    """Return the halves of an array along an axis (not negative), as views if possible."""
-    middle = y.shape[axis] // 2
-    before = (slice(None),) * axis
-    return y[(*before, slice(None, middle), ...)], y[(*before, slice(middle, None), ...)]
-
-
 def draw(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_name: str) -> Any:
     """Return the numbers of `Backend.random_uniform`, in the library in which `rng` draws."""
     if callable(rng):
@@ -309,6 +324,15 @@ def draw(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_nam
     with np.errstate(all="ignore"):
         scaled = numbers * (upper - lower) + lower
     return np.asarray(scaled) if isinstance(scaled, np.generic) else scaled  # of a 0-d array
+
+
+def _widest(xp: Any) -> Any:
+    return xp.__array_namespace_info__().dtypes().get("float64", xp.float32)
+
+
+def _sum(xp: Any, terms: Any, shape: tuple[int, ...]) -> Any:
+    axes = tuple(axis for axis, length in enumerate(shape) if length == 1)
+    return xp.sum(terms, axis=axes, keepdims=True) if axes else terms
 
 
 def _above(params: CastParameters, x: Any) -> Any:

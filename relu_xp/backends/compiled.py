@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from relu_xp.backends.base import concatenated_shape, split
+from relu_xp.arrays import concatenated_shape, split
 from relu_xp.backends.numpy import NumpyBackend, round_sum, round_to
 from relu_xp.kernels import _cpu as cpu
 from relu_xp.mask import Mask, mask_nbytes, new_like

@@ -14,7 +14,8 @@ from typing import Any
 import cupy
 import numpy as np
 
-from relu_xp.backends.base import Backend, concatenated_shape, draw, split
+from relu_xp.arrays import concatenated_shape, split
+from relu_xp.backends.base import Backend, draw
 from relu_xp.backends.cupy_kernels import FORWARD_INTEGER, launcher, variant
 from relu_xp.backends.overlap import address_view
 from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order, new_like

@@ -18,7 +18,8 @@ import array_api_compat
 import numpy as np
 import numpy.typing as npt
 
-from relu_xp.backends.base import Backend, concatenated_shape, draw
+from relu_xp.arrays import concatenated_shape
+from relu_xp.backends.base import Backend, draw
 from relu_xp.backends.overlap import check_overlap
 from relu_xp.mask import Axes, Mask, is_broadcast, mask_nbytes, memory_order, new_like, pack, unpack
 from relu_xp.parameters import DTYPES, CastParameters

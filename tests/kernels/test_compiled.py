@@ -17,7 +17,7 @@ from libraries import unavailable
 
 import relu_xp
 from relu_xp import kernels, validation
-from relu_xp.backends.base import concatenated_shape
+from relu_xp.arrays import concatenated_shape
 from relu_xp.backends.numpy import NumpyBackend
 from relu_xp.mask import Mask, mask_nbytes, pack, unpack
 from relu_xp.parameters import make_parameters
