@@ -4,6 +4,7 @@ See the README.md of this folder for how to add one.
 """
 
 from relu_xp.activations._pullback import Pullback
+from relu_xp.activations.bias_relu import bias_relu, bias_relu_vjp
 from relu_xp.activations.crelu import CReLU, crelu, crelu_vjp
 from relu_xp.activations.prelu import PReLU, prelu, prelu_vjp
 from relu_xp.activations.presets import (
@@ -32,6 +33,8 @@ __all__ = [
     "Relu",
     "SquaredReLU",
     "ThresholdedReLU",
+    "bias_relu",
+    "bias_relu_vjp",
     "clipped_relu",
     "crelu",
     "crelu_vjp",

@@ -31,9 +31,9 @@ __all__ = ["Backend", "draw"]
 class Backend:
     """Every pass in the array API standard; subclasses override what they do better.
 
-    ``out`` is None, or an array that `check_out` has accepted: the result is written there. If None
-    it is a new array; where the library has layouts, in that of x or of dy, but never of a
-    broadcast view. No other argument is written.
+    ``out`` is None, or an array that `check_out` has accepted: the result is written there, and
+    that is returned. Otherwise the result is a new array; where the library has layouts, in that of
+    x or of dy, but never of a broadcast view. No other argument is written.
 
     Attributes
     ----------
@@ -65,8 +65,8 @@ class Backend:
     ) -> tuple[Any, Any]:
         """Return f(x) and the residuals that `backward` needs: here, the branch codes.
 
-        They share no memory with x or f(x). `mask` is None, or a 1-D contiguous array of uint8 for the
-        residuals, of at least as many elements as `mask_nbytes` returns.
+        They share no memory with x or f(x). `mask` is None, or a 1-D contiguous array of uint8 for
+        the residuals, of at least as many elements as `mask_nbytes` returns.
         """
         codes = self.branch_codes(params, x)  # first, since out may be x
         return self.forward(params, x, out), codes
@@ -108,37 +108,35 @@ class Backend:
             return is_upper & ~at_max
         return xp.astype(is_upper, xp.uint8) + xp.astype(is_upper & at_max, xp.uint8)
 
-    # f of x + bias. `bias` has as many axes as x, all of length 1 but the one along which it goes.
+    # f of x + bias, where the bias is 1-D and goes along an axis (not negative)
 
-    def bias_relu(self, params: CastParameters, x: Any, bias: Any, out: Any) -> Any:
+    def bias_relu(self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any) -> Any:
         """Return f(x + bias); the bias, then the sum are rounded to the dtype of x."""
-        return self.forward(params, self._add_bias(x, bias), out)
+        return self.forward(params, self._add_bias(x, bias, axis), out)
 
     def bias_relu_with_mask(
-        self, params: CastParameters, x: Any, bias: Any, out: Any, mask: Any
+        self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any, mask: Any
     ) -> tuple[Any, Any]:
         """Return f(x + bias) and the residuals of the sum, as `forward_with_mask` does."""
-        return self.forward_with_mask(params, self._add_bias(x, bias), out, mask)
+        return self.forward_with_mask(params, self._add_bias(x, bias, axis), out, mask)
 
     def bias_relu_backward(
-        self,
-        grad_params: CastParameters,
-        dy: Any,
-        residuals: Any,
-        shape: tuple[int, ...],
-        dtype: Any,
-        out: Any,
+        self, grad_params: CastParameters, dy: Any, residuals: Any, axis: int, dtype: Any, out: Any
     ) -> tuple[Any, Any]:
-        """Return dx = f'(x + bias) * dy, and the bias's gradient, in its shape and dtype.
+        """Return dx = f'(x + bias) * dy, and the bias's gradient, in a dtype.
 
-        That is the sum of dx, computed as in `prelu_weight_grad`.
+        That is the sum of dx along the other axes, in float64 where the library has it; the same
+        inputs give the same bits.
         """
         dx = self.backward(grad_params, dy, residuals, out)
-        xp = self.namespace(dx)
-        return dx, xp.astype(_sum(xp, xp.astype(dx, _widest(xp)), shape), dtype)
+        xp, others = self.namespace(dx), tuple(i for i in range(len(dx.shape)) if i != axis)
+        total = xp.astype(dx, _widest(xp))
+        return dx, xp.astype(xp.sum(total, axis=others) if others else total, dtype)
 
-    def _add_bias(self, x: Any, bias: Any) -> Any:
-        return x + self.namespace(x).astype(bias, x.dtype, copy=False)
+    def _add_bias(self, x: Any, bias: Any, axis: int) -> Any:
+        xp = self.namespace(x)
+        bias = xp.reshape(bias, (-1,) + (1,) * (len(x.shape) - 1 - axis))
+        return x + xp.astype(bias, x.dtype, copy=False)
 
     # Activations with other parameters. Arrays are floating; x is compared with 0 as in ReLU.
 
@@ -174,7 +172,10 @@ class Backend:
         xp = self.namespace(x)
         wide = _widest(xp)
         terms = xp.astype(xp.where(x <= 0, x, 0), wide) * xp.astype(xp.where(x <= 0, dy, 0), wide)
-        return xp.astype(_sum(xp, terms, weight.shape), weight.dtype)
+        axes = tuple(axis for axis, length in enumerate(weight.shape) if length == 1)
+        if axes:
+            terms = xp.sum(terms, axis=axes, keepdims=True)
+        return xp.astype(terms, weight.dtype)
 
     def crelu(self, x: Any, axis: int, out: Any) -> Any:
         """Return ``relu(x)`` and ``relu(-x)``, concatenated along an axis."""
@@ -328,11 +329,6 @@ def draw(rng: Any, lower: float, upper: float, shape: tuple[int, ...], dtype_nam
 
 def _widest(xp: Any) -> Any:
     return xp.__array_namespace_info__().dtypes().get("float64", xp.float32)
-
-
-def _sum(xp: Any, terms: Any, shape: tuple[int, ...]) -> Any:
-    axes = tuple(axis for axis, length in enumerate(shape) if length == 1)
-    return xp.sum(terms, axis=axes, keepdims=True) if axes else terms
 
 
 def _above(params: CastParameters, x: Any) -> Any:
