@@ -21,8 +21,8 @@ _PART = 1 << 16  # elements of the weight's gradient that are summed by themselv
 _ROW = 1 << 10  # elements that are summed side by side
 
 # As in kernels/gradient_sums.cpp
-_LANES, _FEW_LANES = 4096, 512
-_MIN_PART_LINES, _MIN_PART_SIZE, _MAX_PARTS = 16, 1 << 15, 64
+_SHORT_LINE, _LANES = 512, 128
+_ELEMENTS_PER_LANE, _PART_SIZE, _MAX_PARTS = 32, 1 << 15, 64
 
 
 def round_to(x: _Array, dtype: np.dtype[Any]) -> _Array:
@@ -64,9 +64,9 @@ def sum_channels(dx: _Array, axis: int) -> _Array:
     """Return the sum along all axes but one.
 
     The array is outer x channels x inner elements. A line of it is one of the outer rows, or
-    several of them if they are short. The lines of a part are added one after the other; where a
-    channel is longer than `_LANES`, its pieces of that length too. Then the halves of what is left
-    of a channel are added, until one number is left, and the parts in turn.
+    several of them if they are short; some lines in turn are a part. The elements of a channel are
+    added to several lanes, in turn, in all lines of a part. Then the lanes of a channel are added
+    to one sum, and the sums of all parts in turn.
     """
     outer, channels = math.prod(dx.shape[:axis]), dx.shape[axis]
     total: _Array = np.zeros(channels)
@@ -74,19 +74,19 @@ def sum_channels(dx: _Array, axis: int) -> _Array:
         return total
     inner = dx.size // outer // channels
     dx = dx.reshape(outer, channels, inner)
-    rows = max(1, min(outer, _FEW_LANES // (channels * inner)))  # of a line
+    rows = max(1, min(_SHORT_LINE // (channels * inner), outer))  # of a line
     lines = -(-outer // rows)
-    segments = -(-channels // max(1, _LANES // inner))
-    parts = min(_MAX_PARTS, dx.size // _MIN_PART_SIZE) // segments
-    step = rows * -(-lines // max(1, min(parts, lines // _MIN_PART_LINES)))
-    width = min(inner, _LANES)
+    lanes = inner if rows > 1 else min(inner, _LANES)
+    most = min(lines, lines * inner // (_ELEMENTS_PER_LANE * lanes))
+    parts = max(1, min(dx.size // _PART_SIZE, most, _MAX_PARTS))
+    step = rows * -(-lines // parts)
     for start in range(0, outer, step):
         part = dx[start : start + step]
-        padded = np.zeros((-(-len(part) // rows) * rows, channels, -(-inner // width) * width))
+        padded = np.zeros((-(-len(part) // rows) * rows, channels, -(-inner // lanes) * lanes))
         padded[: len(part), :, :inner] = part
-        pieces = padded.reshape(-1, rows * channels, padded.shape[2] // width, width).swapaxes(1, 2)
-        sums = np.add.reduce(pieces.reshape(-1, rows * channels * width), 0)
-        total += _fold(_fold(sums.reshape(rows, -1)).reshape(channels, width).T)
+        pieces = padded.reshape(-1, rows * channels, padded.shape[2] // lanes, lanes).swapaxes(1, 2)
+        sums = np.add.reduce(pieces.reshape(-1, rows * channels * lanes), 0)
+        total += _fold(_fold(sums.reshape(rows, -1)).reshape(channels, lanes).T)
     return total
 
 

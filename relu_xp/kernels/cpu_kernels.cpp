@@ -633,30 +633,54 @@ class BiasInput {
   alignas(kLine) Word sum_[kLanes<F>];
 };
 
-// Adds the elements of a block, in double precision, to the sums of a backward pass.
+// Adds elements, in blocks one after the other, to the sums of their channels.
 template <class F>
-RELU_XP_ALWAYS_INLINE void add_to_sums(const Block& block, const WordOf<F>* dx, std::size_t start,
-                                       std::size_t n) {
-  using Wide = typename F::Wide;
-  Wide wide[is_16_bit<F> ? kLanes<F> : 1];
-  if constexpr (is_16_bit<F>) widen(dx, wide, n, F());
-  std::size_t at = start % block.num_sums;
-  for (std::size_t i = 0; i < n;) {
-    const std::size_t count = smaller(n - i, block.num_sums - at);
-    double* sums = block.sums + at;
-    if constexpr (is_16_bit<F>) {
-      const Wide* terms = wide + i;
-      RELU_XP_INDEPENDENT
-      for (std::size_t k = 0; k < count; ++k) sums[k] += terms[k];
-    } else {
-      const WordOf<F>* terms = dx + i;
-      RELU_XP_INDEPENDENT
-      for (std::size_t k = 0; k < count; ++k) sums[k] += bit_cast<Wide>(terms[k]);
-    }
-    i += count;
-    at = 0;
+class ChannelSums {
+ public:
+  explicit ChannelSums(const Sums& sums) : sums_(sums) {
+    if (sums.data == nullptr) return;
+    at_ = sums.start % sums.run;
+    lane_ = at_ % sums.lanes;
+    first_ = sums.start / sums.run * sums.lanes % sums.size;
   }
-}
+
+  RELU_XP_ALWAYS_INLINE void add(const WordOf<F>* x, std::size_t n) {
+    if (n <= count_to_end()) return add_in_order(x, n);  // a loop whose length may be a constant
+    for (std::size_t i = 0; i < n;) {
+      const std::size_t count = smaller(n - i, count_to_end());
+      add_in_order(x + i, count);
+      i += count;
+    }
+  }
+
+ private:
+  // Elements of the channel that follow one another in lanes.
+  std::size_t count_to_end() const { return smaller(sums_.run - at_, sums_.lanes - lane_); }
+
+  RELU_XP_ALWAYS_INLINE void add_in_order(const WordOf<F>* x, std::size_t n) {
+    using Wide = typename F::Wide;
+    double* to = sums_.data + first_ + lane_;
+    if constexpr (is_16_bit<F>) {
+      Wide wide[kLanes<F>];
+      widen(x, wide, n, F());
+      RELU_XP_INDEPENDENT
+      for (std::size_t i = 0; i < n; ++i) to[i] += wide[i];
+    } else {
+      RELU_XP_INDEPENDENT
+      for (std::size_t i = 0; i < n; ++i) to[i] += bit_cast<Wide>(x[i]);
+    }
+    at_ += n;
+    lane_ = lane_ + n == sums_.lanes ? 0 : lane_ + n;
+    if (at_ == sums_.run) {
+      at_ = lane_ = 0;
+      first_ = first_ + sums_.lanes == sums_.size ? 0 : first_ + sums_.lanes;
+    }
+  }
+
+  const Sums sums_;
+  // Of the next element: its place in the channel, its lane, and the channel's first lane.
+  std::size_t at_ = 0, lane_ = 0, first_ = 0;
+};
 
 // ---- The function with four parameters ----------------------------------------------------------
 
@@ -805,6 +829,7 @@ void branches(const Params& params, const Block& block) {
 template <class F, Variant variant, bool bits>
 void backward(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
+  ChannelSums<F> sums(block.sums);
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
         Branches<F> branches;
@@ -814,7 +839,7 @@ void backward(const Params& params, const Block& block) {
           from_bytes(block.mask + block.first + start, branches.words, n);
         }
         activation.backward(branches.words, input<F>(block, 0, start), dx, n);
-        if (block.sums != nullptr) add_to_sums<F>(block, dx, start, n);
+        if (block.sums.data != nullptr) sums.add(dx, n);
       });
 }
 
@@ -962,6 +987,14 @@ void to_double(const Params& /*params*/, const Block& block) {
   }
 }
 
+template <class F>
+void sum_channels(const Params& /*params*/, const Block& block) {
+  ChannelSums<F> sums(block.sums);
+  for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
+    sums.add(input<F>(block, 0, start), smaller(kLanes<F>, block.count - start));
+  }
+}
+
 void weight_grad_terms(double* dy, const double* x, std::size_t count) {
   RELU_XP_INDEPENDENT
   for (std::size_t i = 0; i < count; ++i) {
@@ -1035,6 +1068,7 @@ constexpr void fill(Kernel (&table)[kOperations][kVariants]) {
   table[kCreluMask][kPlain] = crelu_mask<F>;
   table[kCreluBackward][kPlain] = crelu_backward<F>;
   table[kToDouble][kPlain] = to_double<F>;
+  table[kSumChannels][kPlain] = sum_channels<F>;
 }
 
 constexpr KernelTable make_table() {

@@ -43,6 +43,16 @@ struct Bias {
   std::size_t run = 1;
 };
 
+// Sums of the channels of an array, each kept in some lanes: element k of a channel, which has
+// `run` elements, is added to lane k % lanes. The channels follow one another, and start again.
+struct Sums {
+  double* data = nullptr;  // null if nothing is summed
+  std::size_t size = 1;    // lanes of all channels
+  std::size_t lanes = 1;
+  std::size_t run = 1;
+  std::size_t start = 0;  // of the block's first element: how many come before it
+};
+
 // `count` contiguous elements; each operand is aligned to its elements. An output may be the very
 // memory of an input, and overlaps none otherwise.
 struct Block {
@@ -54,8 +64,7 @@ struct Block {
   bool stream;        // write past the caches: `out` is no input, and larger than they are
   unsigned prefetch;  // a bit for each input that is larger than the caches
   Bias bias;          // which a forward pass, and kBranches, add to x
-  double* sums;       // to which a backward pass adds dx, element i to sums[i % num_sums]; or null
-  std::size_t num_sums;
+  Sums sums;          // to which a backward pass adds dx
 };
 
 using Kernel = void (*)(const Params&, const Block&);
@@ -78,6 +87,7 @@ enum Operation {
   kCreluMask,            // out = bytes, of x
   kCreluBackward,        // out = the gradient of CReLU from first, second and bytes
   kToDouble,             // out = x in double precision
+  kSumChannels,          // adds x to sums
   kOperations
 };
 

@@ -105,7 +105,7 @@ void WeightGrad::run(void* context, std::size_t begin, std::size_t end) {
     const std::ptrdiff_t rows = self.rows_of(part);
     self.write_terms(part * self.step_ * self.row_size_, rows * self.row_size_, terms.get());
     const std::ptrdiff_t count = self.reduce(rows, terms.get());
-    std::memcpy(self.partial_sums_ + part * self.part_sums_, terms.get(),
+    std::memcpy(self.partial_sums + part * self.part_sums_, terms.get(),
                 static_cast<std::size_t>(count) * sizeof(double));
   }
 }
@@ -114,7 +114,7 @@ bool WeightGrad::add_parts(double* total) const {
   if (no_memory_) return false;
   for (std::ptrdiff_t part = 0; part < units(); ++part) {
     const std::ptrdiff_t count = rows_summed_ ? row_sums_ : rows_of(part) * row_sums_;
-    add(total, partial_sums_ + part * part_sums_, count);
+    add(total, partial_sums + part * part_sums_, count);
     if (!rows_summed_) total += count;
   }
   return true;
@@ -124,14 +124,18 @@ bool WeightGrad::add_parts(double* total) const {
 
 namespace {
 
-// 32 KiB of lanes stay in the first-level cache, or nearly; a row of a segment is long enough for
-// the processor's prefetcher.
-constexpr std::ptrdiff_t kLanes = 4096;
-constexpr std::ptrdiff_t kFewLanes = 512;  // from which on a line is one row
-// The sums of parts are at most a sixteenth of the elements; there are enough for the threads.
-constexpr std::ptrdiff_t kMinPartLines = 16, kMinPartSize = std::ptrdiff_t{1} << 15, kMaxParts = 64;
+constexpr std::ptrdiff_t kShortLine = 512;  // elements, which a line of several rows has at most
+constexpr std::ptrdiff_t kLanes = 128;  // of a channel: so many additions need not wait for others
+constexpr std::ptrdiff_t kSegmentLanes = 4096;  // at most: 32 KiB, most of the first-level cache
+// Lanes, and sums of parts, are few beside the elements, and there are parts for many threads.
+constexpr std::ptrdiff_t kElementsPerLane = 32, kPartSize = 1 << 15, kMaxParts = 64;
+constexpr std::ptrdiff_t kMinUnits = 16, kSegmentSize = 4096;
 
 std::ptrdiff_t divide_up(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b; }
+
+std::ptrdiff_t clamp(std::ptrdiff_t value, std::ptrdiff_t low, std::ptrdiff_t high) {
+  return std::max(low, std::min(value, high));
+}
 
 }  // namespace
 
@@ -143,77 +147,80 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
   for (int i = axis + 1; i < ndim; ++i) inner_ *= shape[i];
   const std::ptrdiff_t row_size = channels_ * inner_;
   size_ = outer * row_size;
-  rows_ = std::max<std::ptrdiff_t>(1, std::min(outer, kFewLanes / row_size));
+
+  // What decides the order of additions
+  rows_ = clamp(kShortLine / row_size, 1, outer);
   line_size_ = rows_ * row_size;
-  lines_ = divide_up(outer, rows_);
-  segment_size_ = std::min(line_size_, std::max<std::ptrdiff_t>(1, kLanes / inner_) * inner_);
-  segments_ = divide_up(line_size_, segment_size_);
-  lanes_ = std::min(segment_size_, kLanes);
-  const std::ptrdiff_t wanted = std::min(kMaxParts, size_ / kMinPartSize) / segments_;
-  const std::ptrdiff_t most = std::min(wanted, lines_ / kMinPartLines);
-  part_lines_ = divide_up(lines_, std::max<std::ptrdiff_t>(1, most));
-  parts_ = divide_up(lines_, part_lines_);
+  const std::ptrdiff_t lines = divide_up(outer, rows_);
+  lanes_ = rows_ > 1 ? inner_ : std::min(inner_, kLanes);
+  const std::ptrdiff_t most = std::min(lines, lines * inner_ / (kElementsPerLane * lanes_));
+  part_lines_ = divide_up(lines, clamp(std::min(size_ / kPartSize, most), 1, kMaxParts));
+  parts_ = divide_up(lines, part_lines_);
+
+  // What does not
+  const std::ptrdiff_t wanted = divide_up(channels_, divide_up(kMinUnits, parts_));
+  segment_channels_ = std::max(wanted, divide_up(kSegmentSize, inner_));
+  segment_channels_ = clamp(std::min(segment_channels_, kSegmentLanes / lanes_), 1, channels_);
+  segments_ = divide_up(channels_, segment_channels_);
 }
 
-// Adds elements to the lanes, the first one to the first lane; computes them, if both passes are
-// one.
-void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, double* lanes) const {
-  const auto position = static_cast<std::size_t>(first);
+// Adds elements to the sums of their channels, the first of which is where a segment of a line
+// begins; computes them, if both passes are one.
+void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const {
   const Operand& dx = job_.operands[0];
-  Block block{};
-  if (job_.count == 2) {
-    const Operand& dy = job_.operands[1];
-    block.count = static_cast<std::size_t>(count);
-    block.in[0] = dy.data + position * dy.itemsize;
-    block.out = dx.data + position * dx.itemsize;
-    block.mask = mask_;
-    block.first = position;
-    block.stream = job_.stream;
-    block.prefetch = job_.prefetch ? 1 : 0;
-    block.sums = lanes;
-    block.num_sums = static_cast<std::size_t>(lanes_);
-    backward_(*params_, block);
-    return;
-  }
   alignas(64) char buffer[kBufferBytes];
-  alignas(64) double numbers[kGathered];
-  for (std::ptrdiff_t done = 0, n = 0; done < count; done += n) {
-    n = std::min({static_cast<std::ptrdiff_t>(kGathered), count - done, lanes_ - done % lanes_});
-    block.count = static_cast<std::size_t>(n);
-    block.in[0] = contiguous_elements(job_, dx, position + static_cast<std::size_t>(done),
-                                      block.count, buffer);
-    block.out = reinterpret_cast<char*>(numbers);
-    backward_(*params_, block);
-    add(lanes + done % lanes_, numbers, n);
+  const bool one_pass = job_.count == 2;
+  const auto step = one_pass ? count : static_cast<std::ptrdiff_t>(kGathered);
+  for (std::ptrdiff_t done = 0; done < count; done += step) {
+    Block block{};
+    block.first = static_cast<std::size_t>(first + done);
+    block.count = static_cast<std::size_t>(std::min(step, count - done));
+    block.sums = sums;
+    block.sums.start = static_cast<std::size_t>(done);
+    if (one_pass) {
+      const Operand& dy = job_.operands[1];
+      block.out = dx.data + block.first * dx.itemsize;
+      block.in[0] = dy.data + block.first * dy.itemsize;
+      block.mask = mask_;
+      block.stream = job_.stream;
+      block.prefetch = job_.prefetch ? 1 : 0;
+    } else {
+      block.in[0] = contiguous_elements(job_, dx, block.first, block.count, buffer);
+    }
+    kernel_(*params_, block);
   }
 }
 
 void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const {
-  std::fill_n(lanes, lanes_, 0.0);
+  const std::ptrdiff_t first = segment * segment_channels_;
+  const std::ptrdiff_t count = std::min(segment_channels_, channels_ - first);
+  Sums sums;
+  sums.data = lanes;
+  sums.size = static_cast<std::size_t>(rows_ * count * lanes_);
+  sums.lanes = static_cast<std::size_t>(lanes_);
+  sums.run = static_cast<std::size_t>(inner_);
+  if (lanes_ == inner_) sums.lanes = sums.run = sums.size;  // the same order, in longer loops
+  std::fill_n(lanes, sums.size, 0.0);
   const std::ptrdiff_t begin = part * part_lines_ * line_size_;
   const std::ptrdiff_t end = std::min(begin + part_lines_ * line_size_, size_);
-  if (lanes_ == line_size_) {  // no lane begins anew with a line
-    add_elements(begin, end - begin, lanes);
+  if (segments_ == 1) {
+    add_elements(begin, end - begin, sums);
   } else {
     for (std::ptrdiff_t line = begin; line < end; line += line_size_) {
-      const std::ptrdiff_t at = segment * segment_size_;
-      add_elements(line + at, std::min(segment_size_, line_size_ - at), lanes);
+      add_elements(line + first * inner_, count * inner_, sums);
     }
   }
-  fold(lanes, rows_, lanes_ / rows_);
-  const std::ptrdiff_t folded = std::min(inner_, lanes_);  // of a channel
-  const std::ptrdiff_t first = segment * (segment_size_ / inner_);
-  const std::ptrdiff_t count = std::min(segment_size_ / rows_ / inner_, channels_ - first);
-  double* sums = partial_sums_ + part * channels_ + first;
+  fold(lanes, rows_, count * lanes_);
+  double* to = partial_sums + part * channels_ + first;
   for (std::ptrdiff_t i = 0; i < count; ++i) {
-    fold(lanes + i * folded, folded, 1);
-    sums[i] = lanes[i * folded];
+    fold(lanes + i * lanes_, lanes_, 1);
+    to[i] = lanes[i * lanes_];
   }
 }
 
 void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
   const auto& self = *static_cast<const BiasGrad*>(context);
-  alignas(64) double lanes[kLanes];
+  alignas(64) double lanes[kSegmentLanes];
   for (auto unit = static_cast<std::ptrdiff_t>(begin); unit < static_cast<std::ptrdiff_t>(end);
        ++unit) {
     self.run_unit(unit / self.segments_, unit % self.segments_, lanes);
@@ -222,7 +229,7 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
 
 bool BiasGrad::add_parts(double* total) const {
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
-    add(total, partial_sums_ + part * channels_, channels_);
+    add(total, partial_sums + part * channels_, channels_);
   }
   return true;
 }

@@ -22,14 +22,14 @@ class WeightGrad {
   // To be called once the job is laid out; `sum_shape` has the length 1 along axes that are summed.
   void set_shape(const std::ptrdiff_t* sum_shape);
   std::ptrdiff_t units() const { return (rows_ + step_ - 1) / step_; }
-  // Doubles for the sums of all parts.
   std::ptrdiff_t num_partial_sums() const { return units() * part_sums_; }
-  void set_partial_sums(double* sums) { partial_sums_ = sums; }
 
   // Sums some of the parts of the context, a WeightGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
   // Adds the sums of all parts to `total`; returns false if a part had no memory.
   bool add_parts(double* total) const;
+
+  double* partial_sums = nullptr;  // of all parts
 
  private:
   void write_terms(std::ptrdiff_t first, std::ptrdiff_t count, double* terms) const;
@@ -45,19 +45,19 @@ class WeightGrad {
   std::ptrdiff_t row_sums_ = 0;   // sums of one
   std::ptrdiff_t step_ = 0;       // rows of a part
   std::ptrdiff_t part_sums_ = 0;  // sums of a whole part
-  double* partial_sums_ = nullptr;
   std::atomic<bool> no_memory_{false};
 };
 
 // The backward pass of a bias and ReLU: dx, and its sum over all axes but one.
 //
 // An array is outer x channels x inner elements. A line of it is one of the outer rows, or several
-// of them if they are short. Some lines in turn are a part, and some channels a segment. For a part
-// of a segment, element i of a line is added to lane i % lanes; then the lanes of a channel are
-// folded, and the parts are added in turn.
+// of them if they are short; some lines in turn are a part. The elements of a channel are added to
+// several lanes, in turn, in all lines of a part. Then the lanes of a channel are added to one sum,
+// and the sums of all parts in turn. Threads share the parts, and segments of the channels.
 class BiasGrad {
  public:
-  BiasGrad(const Params* params, Kernel backward) : params_(params), backward_(backward) {}
+  // `kernel` computes dx and adds it to sums, if both passes are one, or else adds it alone.
+  BiasGrad(const Params* params, Kernel kernel) : params_(params), kernel_(kernel) {}
 
   // Operand dx, and dy if both passes are one: both contiguous in C order then.
   Job& job() { return job_; }
@@ -65,28 +65,27 @@ class BiasGrad {
   void set_shape(const std::ptrdiff_t* shape, int ndim, int axis);
   std::ptrdiff_t units() const { return parts_ * segments_; }
   std::ptrdiff_t num_partial_sums() const { return parts_ * channels_; }
-  void set_partial_sums(double* sums) { partial_sums_ = sums; }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
-  // Adds the sums of all parts to `total`; returns true, as no part needs memory.
+  // Adds the sums of all parts to `total`; returns true, since no part needs memory.
   bool add_parts(double* total) const;
+
+  double* partial_sums = nullptr;  // of all parts
 
  private:
   void run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const;
-  void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, double* lanes) const;
+  void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const;
 
   const Params* params_;
-  Kernel backward_;  // or of one operand kToDouble
+  Kernel kernel_;
   Job job_{};
   unsigned char* mask_ = nullptr;
   std::ptrdiff_t size_ = 0, channels_ = 0, inner_ = 0;
-  std::ptrdiff_t line_size_ = 0, lines_ = 0;        // elements of a line; lines
-  std::ptrdiff_t rows_ = 0;                         // of a line
-  std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // elements of a segment in a line; segments
-  std::ptrdiff_t lanes_ = 0;
+  std::ptrdiff_t rows_ = 0, line_size_ = 0;  // of a line
+  std::ptrdiff_t lanes_ = 0;                 // of a channel
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
-  double* partial_sums_ = nullptr;
+  std::ptrdiff_t segment_channels_ = 0, segments_ = 0;
 };
 
 }  // namespace relu_xp

@@ -471,17 +471,22 @@ PyObject* backward(Arguments args) {
   return out == nullptr ? nullptr : execute(job, out);
 }
 
-// Runs the parts of a WeightGrad or a BiasGrad, and adds their sums to `total`; returns false if
-// there was no memory.
+// Gives a WeightGrad or a BiasGrad memory, which `add_gradient` frees; returns false if there is
+// none.
 template <class Grad>
-bool add_gradient(Grad& grad, double* total, Py_ssize_t nbytes) {
+bool allocate_sums(Grad& grad) {
   const auto count = static_cast<std::size_t>(grad.num_partial_sums());
-  auto* partial_sums = static_cast<double*>(PyMem_RawMalloc(count * sizeof(double)));
-  if (partial_sums == nullptr) return false;
-  grad.set_partial_sums(partial_sums);
+  grad.partial_sums = static_cast<double*>(PyMem_RawMalloc(count * sizeof(double)));
+  return grad.partial_sums != nullptr;
+}
+
+// Runs all parts and adds their sums to `total`; returns false if a part had no memory.
+template <class Grad>
+bool add_gradient(Grad& grad, PyObject* total, Py_ssize_t nbytes) {
   run_task(Grad::run, &grad, static_cast<std::size_t>(grad.units()), 1, 1, nbytes);
-  const bool done = grad.add_parts(total);
-  PyMem_RawFree(partial_sums);
+  void* sums = PyArray_DATA(reinterpret_cast<PyArrayObject*>(total));
+  const bool done = grad.add_parts(static_cast<double*>(sums));
+  PyMem_RawFree(grad.partial_sums);
   return done;
 }
 
@@ -507,6 +512,10 @@ PyObject* finish_sums(PyObject* sums, bool narrow) {
 // bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
 // The sum has the dtype if that is float32, else float64.
 PyObject* bias_relu_backward(Arguments args) {
+  if (!PyArray_DescrCheck(args[5])) {
+    PyErr_SetString(PyExc_TypeError, "dtype must be a numpy.dtype");
+    return nullptr;
+  }
   Job job;
   PyArrayObject* out = prepare_backward(args, args[6], job);
   if (out == nullptr) return nullptr;
@@ -520,26 +529,24 @@ PyObject* bias_relu_backward(Arguments args) {
   const Operand *dx = job.operands, *dy = dx + 1;
   // Otherwise dx is read again, in the order of C.
   const bool one_pass = args[3] == Py_None && dx->c_contiguous && dy->c_contiguous;
-  if (!one_pass) execute(job, out);
-  BiasGrad grad(job.params, one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kToDouble));
+  BiasGrad grad(job.params,
+                one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kSumChannels));
   add_operand(grad.job(), out);
   if (one_pass) grad.job().operands[grad.job().count++] = *dy;
   lay_out(grad.job(), nullptr);
   const auto nbytes = set_access(grad.job());
   grad.set_mask(job.mask);
-  bool done = true;
   if (PyArray_SIZE(out) > 0) {
     grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis);
-    auto* total = static_cast<double*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(sums)));
-    done = add_gradient(grad, total, nbytes);
+    if (!allocate_sums(grad)) {  // before dy may be overwritten
+      Py_DECREF(out);
+      Py_DECREF(sums);
+      return PyErr_NoMemory();
+    }
+    if (!one_pass) execute(job, out);
+    add_gradient(grad, sums, nbytes);
   }
-  if (!done) {
-    Py_DECREF(out);
-    Py_DECREF(sums);
-    return PyErr_NoMemory();
-  }
-  const bool narrow = PyArray_DescrCheck(args[5]) &&
-                      reinterpret_cast<PyArray_Descr*>(args[5])->type_num == NPY_FLOAT32;
+  const bool narrow = reinterpret_cast<PyArray_Descr*>(args[5])->type_num == NPY_FLOAT32;
   sums = finish_sums(sums, narrow);
   PyObject* result = sums == nullptr ? nullptr : PyTuple_Pack(2, out, sums);
   Py_XDECREF(sums);
@@ -650,7 +657,7 @@ PyObject* prelu_weight_grad(Arguments args) {
   lay_out(grad.job(), nullptr);
   grad.set_shape(PyArray_DIMS(total));
   const auto nbytes = PyArray_SIZE(x) * static_cast<Py_ssize_t>(sizeof(double));
-  if (add_gradient(grad, static_cast<double*>(PyArray_DATA(total)), nbytes)) return result;
+  if (allocate_sums(grad) && add_gradient(grad, result, nbytes)) return result;
   Py_DECREF(result);
   return PyErr_NoMemory();
 }

@@ -322,10 +322,11 @@ def test_the_shape_alone_decides_the_order_of_additions(shape, dtypes):
             np.testing.assert_array_equal(bits(got), bits(wanted))
 
 
-# Lines of several rows, segments of some channels, channels longer than the lanes; with one part,
+# Lines of several rows, segments of some channels, channels longer than their lanes; with one part,
 # and with many.
 BIAS_SHAPES = [(3,), (700, 3), (100_003, 2), (513, 130), (300, 5000), (5, 3, 113, 59), (40, 9000)]
-BIAS_SHAPES += [(2, 3, 70, 70), (33, 7, 600), (1, 1), (4096, 64), (65, 2, 20, 25)]
+BIAS_SHAPES += [(2, 3, 70, 70), (33, 7, 600), (1, 1), (4096, 64), (65, 2, 20, 25), (9, 17_000)]
+BIAS_SHAPES += [(3, 300, 200), (1, 5, 60_000)]
 
 
 @pytest.mark.parametrize("dtype", reference.DTYPES)
@@ -630,7 +631,7 @@ def invalid_calls():
             broadcasts = given[at] is WEIGHT and other.shape == X[:1].shape
             if several and is_matrix(given[at]) and not broadcasts:
                 yield name, (*given[:at], other, *given[at + 1 :])
-        if given[-1] is None and name != "forward_with_mask":
+        if given[-1] is None and not name.endswith("with_mask"):
             outs = [a.astype(np.uint8) if name == "crelu_mask" else a for a in SHAPES]
             for out in (*outs, READ_ONLY, X.astype("f2"), X.astype("u4")):
                 yield name, (*given[:-1], out)
@@ -829,7 +830,7 @@ class TestMemory:
         def valid():
             function(*arguments)
             if arguments[-1] is None:
-                new = (out, MASK.copy()) if name == "forward_with_mask" else (out,)
+                new = (out, MASK.copy()) if name.endswith("with_mask") else (out,)
                 function(*arguments[: -len(new)], *new)
 
         def invalid():
