@@ -1,8 +1,9 @@
 """CuPy arrays: a kernel for each pass, on the array's device and the caller's current stream.
 
-No method synchronizes with the device. Given ``out`` and a mask, nothing is allocated. The kernels
-are in ``cupy_kernels.py``, which also decides how a strided array is handled (`Launcher.run`); the
-masks are those of `relu_xp.mask`.
+No method synchronizes with the device. Given ``out`` and a mask, nothing is allocated, but for a
+bias of another dtype, and the gradient of a bias or weight with the sums that it is made of. The
+kernels are in ``cupy_kernels.py``, which also decides how a strided array is handled
+(`Launcher.run`); how sums are made is in ``cupy_sums.py``; the masks are those of `relu_xp.mask`.
 """
 
 from __future__ import annotations
