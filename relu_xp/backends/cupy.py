@@ -174,7 +174,7 @@ class CupyBackend(Backend):
 
         The same inputs give the same bits.
         """
-        kept = [axis for axis, length in enumerate(weight.shape) if length > 1]
+        kept = [axis for axis, length in enumerate(weight.shape) if length != 1]
         if kept and kept != list(range(kept[0], kept[-1] + 1)):
             # The kernel has one run of axes that are kept: here they become the last ones.
             summed = [axis for axis in range(x.ndim) if axis not in kept]
