@@ -644,12 +644,12 @@ __device__ void backward_and_sum(const Pass& pass, const Sums& to, Index i) {
 template <class W>
 __device__ void add_up(const double* sums, W* totals, Index i, Index threads, Index n, Index groups,
                        Index lanes) {
-  const Index channel = i / lanes / groups;
+  const Index step = groups * lanes, channel = i / step, first = i % step;  // first < n
+  const Index terms = (n - first + step - 1) / step;
+  const double* term = sums + channel * n + first;
   double all = 0;
-#pragma unroll 8
-  for (Index k = i - channel * groups * lanes; k < n; k += groups * lanes) {
-    all += sums[channel * n + k];
-  }
+#pragma unroll 4
+  for (Index k = 0; k < terms; ++k) all += term[k * step];
   const unsigned int active = active_threads(i, threads);
   for (Index by = lanes / 2; by > 0; by /= 2) all += __shfl_down_sync(active, all, by);
   if (i % lanes == 0) totals[i / lanes] = round_to<W>(all);
