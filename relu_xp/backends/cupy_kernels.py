@@ -83,7 +83,7 @@ PASSES = {
     ),
 }
 # How the bias goes along x (Biased, in cuda_kernels.cuh): "row" where it is the last axis in memory
-# and vectors begin at multiples of their length, "runs" where a vector has two channels at most.
+# and vectors begin at multiples of their length; "runs" where a vector has two channels at most.
 _BIAS = ("T bias", "uint64 channels", "uint64 inner")
 for _name, _spread in itertools.product(
     ("forward", "forward_bits", "forward_bytes"), ("Row", "Runs", "Any")
@@ -247,7 +247,7 @@ class Launcher:
         How the bias goes along x: the end of the name of a pass.
     """
 
-    __slots__ = ("_count", "_scalars", "_strided", "_vectorized")
+    __slots__ = ("_count", "_scalars", "_strided", "_tile", "_vectorized")
 
     def __init__(
         self, name: str, params: CastParameters, grad_params: CastParameters, spread: str = ""
@@ -267,6 +267,7 @@ class Launcher:
         self._vectorized = kernel(name + spread, given, True)
         self._strided = kernel(name + "_any" if spread else name, given, False)
         self._count = 8 * _ALIGNMENT // max(params.width, grad_params.width)
+        self._tile = _WARP * _CHUNKS * self._count
 
     def run(self, axes: Axes | None, *arrays: cupy.ndarray, bias: tuple[Any, ...] = ()) -> None:
         """Run the kernel that the layout of inputs and outputs allows.
@@ -274,25 +275,27 @@ class Launcher:
         Elements count in C order after the permutation of axes, from which a mask, having one axis,
         is exempt. `bias` are the arguments for it.
         """
-        arrays = _permuted(axes, arrays)
+        if axes is not None:
+            arrays = _permuted(axes, arrays)
         for array in arrays:
             if array.data.ptr % _ALIGNMENT or not array.flags.c_contiguous or not array.ndim:
                 self._strided(*self._scalars, *bias, *arrays)
                 return
         # Flat views would spare a kernel per number of dimensions (0.15 s to compile), and cost a
         # fifth of each call.
-        size, tile = arrays[0].size, _WARP * _CHUNKS * self._count
+        size, tile = arrays[0].size, self._tile
         threads = size - size // tile * (tile - _WARP)
         self._vectorized(*self._scalars, *bias, *arrays, size=threads)
 
     def run_and_sum(
         self, axes: Axes | None, to: ChannelSums, *arrays: cupy.ndarray
     ) -> cupy.ndarray | None:
-        """Run the kernel that also sums its results, and return the sums.
+        """Return the sums of a pass that also sums its results.
 
         Return None, and run nothing, if inputs and outputs are not dense in that order of axes.
         """
-        arrays = _permuted(axes, arrays)
+        if axes is not None:
+            arrays = _permuted(axes, arrays)
         if to.strides is None or not all(array.flags.c_contiguous for array in arrays):
             return None
         sums = to.empty()
@@ -311,9 +314,7 @@ def bias_spread(params: CastParameters, bias: cupy.ndarray, inner: int) -> str:
     return "_runs" if inner >= count else "_any"
 
 
-def _permuted(axes: Axes | None, arrays: tuple[cupy.ndarray, ...]) -> tuple[cupy.ndarray, ...]:
-    if axes is None:
-        return arrays
+def _permuted(axes: Axes, arrays: tuple[cupy.ndarray, ...]) -> tuple[cupy.ndarray, ...]:
     return tuple([a if a.ndim == 1 else a.transpose(axes) for a in arrays])
 
 
