@@ -101,7 +101,7 @@ def test_subnormals_are_added(xp, dtype):
 # Rows, runs and neither; tiles and what is left over; one channel; no elements.
 SHAPES_OF_AXIS_0 = [(130,), (7, 9), (1, 1), (8, 0)]
 SHAPES_OF_AXIS_1 = [(2, 8), (37, 96), (37, 33), (3, 5, 71), (5, 3, 24), (3, 5, 8), (9, 3, 2)]
-SHAPES_OF_AXIS_1 += [(4, 2, 2, 16), (3, 1), (66, 1, 16), (0, 8), (8, 0), (3, 0, 8)]
+SHAPES_OF_AXIS_1 += [(64, 3, 13), (4, 2, 2, 16), (3, 1), (66, 1, 16), (0, 8), (8, 0), (3, 0, 8)]
 # Elements that x, bias, dy, y, dx and the mask begin behind an aligned address.
 STARTS = [(0,) * 6, (1, 0, 0, 0, 0, 0), (0, 1, 0, 0, 0, 0), (0, 0, 2, 0, 1, 0)]
 STARTS += [(0, 0, 0, 3, 0, 0), (0, 0, 0, 0, 0, 5)]
