@@ -20,7 +20,7 @@ import numpy as np
 
 import relu_xp
 from bench import gpu_cases, report
-from bench.gpu_cases import COPY, DTYPES, OTHERS, OURS, PASSES, SLOPE, TARGET_SIZE, Case
+from bench.gpu_cases import CHANNELS, COPY, DTYPES, OTHERS, OURS, PASSES, SLOPE, TARGET_SIZE, Case
 from bench.gpu_device import Device, missing
 from bench.harness import Names, Run, Timings, free_names, interleave, looped, normal, numpy_dtype
 from bench.report import Row, judged, progress
@@ -56,16 +56,23 @@ def _sets(device: Any, dtype: str, shape: tuple[int, ...], count: int = 1) -> li
         for start in range(0, total, RANDOM):
             pools[name][start : start + RANDOM] = random[: total - start]
     pools["dx"].view(np.uint8).fill(0xFF)  # NaN
+    channels = min(CHANNELS, elements)
+    pools["bias"] = device.xp.asarray(normal((channels,), number, 2))
     if device.torch:
         for name, pool in list(pools.items()):
             tensor = device.torch.from_dlpack(pool.view(np.int16) if dtype == "bfloat16" else pool)
             pools[f"t{name}"] = tensor.view(getattr(device.torch, dtype))
+    biases: Names = {name: pools.pop(name) for name in ("bias", "tbias") if name in pools}
     masks = device.xp.empty(count * mask_bytes, np.uint8)
     sets = []
     for k in range(count):
         part = slice(k * elements, (k + 1) * elements)
         names = {name: pool[part].reshape(shape) for name, pool in pools.items()}
+        names |= {f"rows_{name}": array.reshape(-1, channels) for name, array in names.items()}
+        names |= biases
         names["mask"] = masks[k * mask_bytes : (k + 1) * mask_bytes]
+        rows = {"out": names["rows_y"], "mask": names["mask"]}
+        names["bias_pullback"] = relu_xp.bias_relu_vjp(names["rows_x"], names["bias"], **rows)[1]
         x, kept = names["x"], {"out": names["y"], "mask": names["mask"]}
         names["leaky_pullback"] = relu_xp.relu_vjp(x, negative_slope=SLOPE, **kept)[1]
         names["pullback"] = relu_xp.relu_vjp(x, **kept)[1]  # which has the same mask
@@ -85,6 +92,8 @@ def _check(device: Any, case: Case, run: Run, arrays: Names) -> None:
     exact = case.library == "relu_xp"  # PyTorch's slope of float16 has more bits, for one
     for end in (slice(None, SAMPLE), slice(-SAMPLE, None)) if outputs else ():
         x, dy = (device.numpy(arrays[name].reshape(-1)[end]) for name in ("x", "dy"))
+        if "bias" in case.name:  # either end has whole rows
+            x = (x.reshape(-1, arrays["bias"].size) + device.numpy(arrays["bias"])).reshape(-1)
         slope = x.dtype.type(SLOPE if "leaky" in case.name else 0)
         right = {"y": np.where(x > 0, x, slope * x), "dx": np.where(x > 0, dy, slope * dy)}
         right["mask"] = np.packbits(x > 0, bitorder="little")

@@ -1,7 +1,9 @@
 """What `bench.gpu` times, as Python text: what is shown is what ran.
 
 In all of these x and dy are inputs, y and dx outputs; y is relu(x) from the start. tx is x's memory
-as a tensor of PyTorch, and so on; the pullbacks keep their mask in `mask`.
+as a tensor of PyTorch, and so on; the pullbacks keep their mask in `mask`. rows_x is x as rows of
+`CHANNELS` numbers, along which the bias goes; the cases with a bias come last, and find the y and
+the mask of the sum.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from bench.harness import numpy_dtype
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 SLOPE = 0.01
+CHANNELS = 1024
 
 
 class Case(NamedTuple):
@@ -38,6 +41,11 @@ FORWARD = (  # all of PyTorch's that take an output; the fastest counts
     "torch.clamp_min(tx, 0, out=ty)",
     "aten.relu.out(tx, out=ty)",
     "aten.threshold.out(tx, 0, 0, out=ty)",
+)
+BIAS_FORWARD = "relu_xp.bias_relu_vjp(rows_x, bias, out=rows_y, mask=mask)"
+BIAS_BACK = "bias_pullback(rows_dy, out=rows_dx)"
+TORCH_BIAS_BACK = (
+    "aten.threshold_backward.grad_input(rows_tdy, rows_ty, 0, grad_input=rows_tdx); rows_tdx.sum(0)"
 )
 TORCH = ("PyTorch", "autograd", "compiled")
 OTHERS = (*TORCH, "CuPy", "Chainer")
@@ -72,6 +80,16 @@ PASSES = (  # of each pass, ours comes first
     Case("leaky backward", "relu_xp", "leaky_pullback(dy, out=dx)", "dx", 2, 1),
     Case("leaky backward", "CuPy", f"cupy.where(x > 0, dy, {SLOPE} * dy)", "", 3),
     Case("leaky backward", "PyTorch", LEAKY_BACK, "dx", 3),
+    Case("bias forward", "relu_xp", BIAS_FORWARD, "y mask", 2, 1),
+    Case(
+        "bias forward", "CuPy", "cupy.add(rows_x, bias, out=rows_y); cupy.maximum(y, 0, out=y)", "y"
+    ),
+    Case("bias forward", "PyTorch", "torch.add(rows_tx, tbias, out=rows_ty); ty.relu_()", "y"),
+    Case("bias forward", "compiled", "compiled_bias_relu(rows_tx, tbias)"),
+    Case("bias backward", "relu_xp", BIAS_BACK, "dx", 2, 1),
+    Case("bias backward", "CuPy", "cupy.multiply(dy, y > 0, out=dx); rows_dx.sum(0)", "dx", 3),
+    Case("bias backward", "PyTorch", TORCH_BIAS_BACK, "dx", 3),
+    Case("bias backward", "compiled", "compiled_bias_back(rows_tdy, rows_ty)", "", 3),
 )
 OURS = {case.name: case.code for case in reversed(PASSES)}
 GRAPHS = (
@@ -86,6 +104,8 @@ HOST = (
     Case("host", "relu_xp", "pullback(dy)"),
     Case("host", "relu_xp", "pullback(dy, out=dx)"),
     Case("host", "relu_xp", LAYER),
+    Case("host", "relu_xp", BIAS_FORWARD),
+    Case("host", "relu_xp", BIAS_BACK),
     Case("host", "CuPy", "cupy.maximum(x, 0)"),
     Case("host", "CuPy", "cupy.maximum(x, 0, out=y)"),
     Case("host", "CuPy", "dy * (x > 0)"),

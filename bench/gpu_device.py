@@ -132,10 +132,24 @@ class Device:
         if torch := self.torch:
 
             @functools.cache
-            def compiled() -> Any:  # at the first call, which may be refused
-                torch.compiler.reset()  # it gives up when it has seen eight shapes and dtypes
-                return torch.compile(lambda x: torch.relu(x), dynamic=False)
+            def reset() -> None:  # it gives up when it has seen eight shapes and dtypes
+                torch.compiler.reset()
 
+            @functools.cache
+            def compiled(name: str) -> Any:  # at the first call, which may be refused
+                reset()
+                return torch.compile(functions[name], dynamic=False)
+
+            def bias_back(dy: Any, y: Any) -> Any:
+                dx = torch.where(y > 0, dy, 0)
+                return dx, dx.sum(0)
+
+            functions = {
+                "compiled_relu": lambda x: torch.relu(x),
+                "compiled_bias_relu": lambda x, bias: torch.relu(x + bias),
+                "compiled_bias_back": bias_back,
+            }
             names |= {"torch": torch, "aten": torch.ops.aten}
-            names["compiled_relu"] = lambda x: compiled()(x)
+            for name in functions:
+                names[name] = lambda *arrays, name=name: compiled(name)(*arrays)
         return names

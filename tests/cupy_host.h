@@ -114,4 +114,12 @@ inline unsigned int __shfl_down_sync(unsigned int mask, unsigned int value, int 
   return mask >> lane & 1 ? host::values[slot][lane] : 0xdeadbeefu;  // undefined on a device
 }
 
+inline double __shfl_down_sync(unsigned int mask, double value, int by) {
+  unsigned int words[2];
+  std::memcpy(words, &value, sizeof(value));
+  for (unsigned int& word : words) word = __shfl_down_sync(mask, word, by);
+  std::memcpy(&value, words, sizeof(value));
+  return value;
+}
+
 #include <cupy/carray.cuh>

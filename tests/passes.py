@@ -1,4 +1,4 @@
-"""All passes of ReLU at once, to compare what different arrays give."""
+"""All passes of ReLU at once, and what compares the results of different arrays."""
 
 from __future__ import annotations
 
@@ -26,3 +26,18 @@ def check_bits(got, wanted, what, any_nan=False):
     if any_nan:
         differ &= ~(np.isnan(got) & np.isnan(wanted))
     assert not differ.any(), (what, got[differ][:5], wanted[differ][:5])
+
+
+def fenced(xp, host, offset):
+    """Return a copy of an array some elements behind an aligned address.
+
+    And a function that returns the bytes around it, which are 0x5A.
+    """
+    memory = np.full(host.nbytes + 1280, 0x5A, np.uint8)
+    memory = memory[-memory.ctypes.data % 256 :]
+    start = 256 + offset * host.itemsize
+    inside = slice(start, start + host.nbytes)
+    memory[inside] = host.reshape(-1).view(np.uint8)
+    copy = xp.array(memory)
+    view = copy[inside].view(host.dtype).reshape(host.shape)
+    return view, lambda: np.delete(xp.numpy(copy), inside)

@@ -1,8 +1,9 @@
 """CuPy arrays: a kernel for each pass, on the array's device and the caller's current stream.
 
-No method synchronizes with the device. Given ``out`` and a mask, nothing is allocated. The kernels
-are in ``cupy_kernels.py``, which also decides how a strided array is handled (`Launcher.run`); the
-masks are those of `relu_xp.mask`.
+No method synchronizes with the device. Given ``out`` and a mask, nothing is allocated, but for a
+bias of another dtype, and the gradient of a bias or weight with the sums that it is made of. The
+kernels are in ``cupy_kernels.py``, which also decides how a strided array is handled
+(`Launcher.run`); how sums are made is in ``cupy_sums.py``; the masks are those of `relu_xp.mask`.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import numpy as np
 
 from relu_xp.arrays import concatenated_shape, split
 from relu_xp.backends.base import Backend, draw
-from relu_xp.backends.cupy_kernels import FORWARD_INTEGER, launcher, variant
+from relu_xp.backends.cupy_kernels import FORWARD_INTEGER, bias_spread, launcher, variant
+from relu_xp.backends.cupy_sums import channel_sums
 from relu_xp.backends.overlap import address_view
 from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order, new_like
 from relu_xp.parameters import CastParameters
 
 __all__ = ["CupyBackend"]
-
-_SUMS = 1 << 17  # threads that sum: enough for all multiprocessors of a large GPU
 
 
 class CupyBackend(Backend):
@@ -84,6 +84,64 @@ class CupyBackend(Backend):
             launcher(name, params, grad_params).run(_axes(x), *inputs, dx)
         return dx
 
+    def bias_relu(
+        self,
+        params: CastParameters,
+        x: cupy.ndarray,
+        bias: cupy.ndarray,
+        axis: int,
+        out: cupy.ndarray | None,
+    ) -> cupy.ndarray:
+        """Return f(x + bias)."""
+        with _on_device_of(x):
+            y = new_like(cupy, x.dtype, x) if out is None else out
+            _run_with_bias("forward", params, bias, axis, _axes(x), x, y)
+        return y
+
+    def bias_relu_with_mask(
+        self,
+        params: CastParameters,
+        x: cupy.ndarray,
+        bias: cupy.ndarray,
+        axis: int,
+        out: cupy.ndarray | None,
+        mask: cupy.ndarray | None,
+    ) -> tuple[cupy.ndarray, Mask]:
+        """Return f(x + bias) and the packed mask."""
+        nbytes, axes = mask_nbytes(params, x), _axes(x)
+        name = "forward_bits" if params.num_branches == 2 else "forward_bytes"
+        with _on_device_of(x):
+            y = new_like(cupy, x.dtype, x) if out is None else out
+            data = cupy.ndarray(nbytes, np.uint8) if mask is None else mask[:nbytes]
+            _run_with_bias(name, params, bias, axis, axes, x, y, data)
+        return y, Mask(data, axes)
+
+    def bias_relu_backward(
+        self,
+        params: CastParameters,
+        dy: cupy.ndarray,
+        residuals: Mask,
+        axis: int,
+        dtype: np.dtype[Any],
+        out: cupy.ndarray | None,
+    ) -> tuple[cupy.ndarray, cupy.ndarray]:
+        """Return dx and the bias's gradient.
+
+        One pass computes both where dy and dx are dense in the mask's order of axes; elsewhere a
+        second one reads dx. The sums are the same, to the bit.
+        """
+        name = "backward_bits" if params.num_branches == 2 else "backward_bytes"
+        data, axes = residuals
+        channels = channel_sums(dy.shape, axis, axis, axes)
+        with _on_device_of(dy):
+            dx = new_like(cupy, dy.dtype, dy, axes=axes) if out is None else out
+            run = launcher(f"bias_{name}", params, params).run_and_sum
+            sums = run(axes, channels, dy, data, dx)
+            if sums is None:
+                launcher(name, params, params).run(axes, dy, data, dx)
+                sums = channels.sum_strided("channel_sums", dx)
+            return dx, channels.total(sums, dtype)
+
     def prelu(
         self,
         values: cupy.ndarray | None,
@@ -114,27 +172,19 @@ class CupyBackend(Backend):
     ) -> cupy.ndarray:
         """Return the gradient with respect to the weight.
 
-        The sums of `_SUMS` threads are added up in turn, without an atomic operation: the same
-        inputs give the same bits.
+        The same inputs give the same bits.
         """
-        kept = [axis for axis, length in enumerate(weight.shape) if length > 1]
+        kept = [axis for axis, length in enumerate(weight.shape) if length != 1]
         if kept and kept != list(range(kept[0], kept[-1] + 1)):
             # The kernel has one run of axes that are kept: here they become the last ones.
             summed = [axis for axis in range(x.ndim) if axis not in kept]
             dy, x = dy.transpose(summed + kept), x.transpose(summed + kept)
             kept = list(range(len(summed), x.ndim))
-        channels = weight.size
-        outer = math.prod(x.shape[: kept[0]]) if kept else 1
-        inner = x.size // max(1, outer * channels)
-        columns = max(1, min(inner, _SUMS // max(1, channels)))
-        rows = max(1, min(outer, _SUMS // max(1, channels * columns)))
+        first, last = (kept[0], kept[-1]) if kept else (0, -1)
+        channels = channel_sums(x.shape, first, last)
         with _on_device_of(x):
-            sums = cupy.ndarray((rows, channels, columns), np.float64)
-            variant("sums")(dy, x, outer, channels, inner, rows, columns, sums)
-            total = cupy.sum(sums, axis=(0, 2)).reshape(weight.shape)
-            gradient = cupy.ndarray(weight.shape, weight.dtype)
-            variant("round_to")(total, gradient)
-        return gradient
+            sums = channels.sum_strided("sums", dy, x)
+            return channels.total(sums, weight.dtype).reshape(weight.shape)
 
     def squared_relu(self, x: cupy.ndarray, out: cupy.ndarray | None) -> cupy.ndarray:
         """Return relu(x)**2."""
@@ -224,6 +274,28 @@ class CupyBackend(Backend):
     def mask_nbytes(self, params: CastParameters, x: cupy.ndarray) -> int:
         """Return the bytes of a mask."""
         return mask_nbytes(params, x)
+
+
+def _run_with_bias(
+    name: str,
+    params: CastParameters,
+    bias: cupy.ndarray,
+    axis: int,
+    axes: Axes | None,
+    x: cupy.ndarray,
+    *outputs: cupy.ndarray,
+) -> None:
+    """Run a forward pass of x + bias."""
+    if bias.dtype != x.dtype or not bias.flags.c_contiguous:
+        rounded = cupy.ndarray(bias.shape, x.dtype)
+        variant("round_to")(bias, rounded)
+        bias = rounded
+    order = range(x.ndim) if axes is None else axes
+    inner = math.prod([x.shape[other] for other in order[order.index(axis) + 1 :]])
+    spread = bias_spread(params, bias, inner)
+    launcher(f"bias_{name}", params, params, spread).run(
+        axes, x, *outputs, bias=(bias, bias.size, inner)
+    )
 
 
 def _are_apart(out: cupy.ndarray, x: cupy.ndarray) -> bool:

@@ -3,8 +3,8 @@
 // #include by rules.h itself: both are the preamble of the kernels that CuPy generates and NVRTC
 // compiles.
 //
-// CuPy compiles with -ftz=true, and no later option undoes that: products and conversions of floats
-// flush subnormals. Those that must not are inline PTX.
+// CuPy compiles with -ftz=true, and no later option undoes that: products, sums and conversions of
+// floats flush subnormals. Those that must not are inline PTX.
 //
 // No load waits for a comparison: every pass loads all that a thread needs, then computes.
 
@@ -33,8 +33,8 @@ __device__ To bit_cast(From value) {
   return result;
 }
 
-// Products and conversions, rounded once, that keep subnormals. Volatile: otherwise the compiler
-// moves each product into a branch of its own, and the threads of a warp diverge.
+// Products, sums and conversions, rounded once, that keep subnormals. Volatile: otherwise the
+// compiler moves each product into a branch of its own, and the threads of a warp diverge.
 #ifdef __CUDA_ARCH__
 __device__ inline float multiply(float a, float b) {
   asm volatile("mul.rn.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
@@ -42,6 +42,14 @@ __device__ inline float multiply(float a, float b) {
 }
 __device__ inline double multiply(double a, double b) {
   asm volatile("mul.rn.f64 %0, %0, %1;" : "+d"(a) : "d"(b));
+  return a;
+}
+__device__ inline float add(float a, float b) {
+  asm volatile("add.rn.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
+}
+__device__ inline double add(double a, double b) {
+  asm volatile("add.rn.f64 %0, %0, %1;" : "+d"(a) : "d"(b));
   return a;
 }
 __device__ inline double to_double(float x) {
@@ -62,6 +70,8 @@ __device__ inline float truncate_to_float(double x) {
 #else  // a C++ compiler, in tests/cupy_host.py
 inline float multiply(float a, float b) { return a * b; }
 inline double multiply(double a, double b) { return a * b; }
+inline float add(float a, float b) { return a + b; }
+inline double add(double a, double b) { return a + b; }
 inline double to_double(float x) { return x; }
 inline float round_to_float(double x) { return static_cast<float>(x); }
 inline float truncate_to_float(double x) {
@@ -93,6 +103,9 @@ struct Float<float> : Format<unsigned int, int, 32, 8> {
   __device__ static Word multiply(Word slope, Word x) {
     return bit_cast<Word>(relu_xp::multiply(bit_cast<float>(slope), bit_cast<float>(x)));
   }
+  __device__ static Word add(Word x, Word bias) {
+    return bit_cast<Word>(relu_xp::add(bit_cast<float>(x), bit_cast<float>(bias)));
+  }
 };
 
 template <>
@@ -100,11 +113,15 @@ struct Float<double> : Format<unsigned long long, long long, 64, 11> {
   __device__ static Word multiply(Word slope, Word x) {
     return bit_cast<Word>(relu_xp::multiply(bit_cast<double>(slope), bit_cast<double>(x)));
   }
+  __device__ static Word add(Word x, Word bias) {
+    return bit_cast<Word>(relu_xp::add(bit_cast<double>(x), bit_cast<double>(bias)));
+  }
 };
 
 // float16 or bfloat16, which CuPy defines only for kernels with such an argument. A number is the
-// upper half of a word, whose lower half may hold anything (its neighbour, mostly); that of a slope
-// is 0. Products are exact in float32, and those of float16 are no subnormals there.
+// upper half of a word, whose lower half may hold anything (its neighbour, mostly). Products and
+// sums are computed in float32: a product is exact there, and a sum has so many more bits that to
+// round it again gives what rounding once would.
 template <class T>
 constexpr bool is_half = cupy::type_traits::is_same<T, float16>::value;
 
@@ -113,18 +130,27 @@ struct Float : Format<unsigned int, int, 16, is_half<T> ? 5 : 8, is_half<T>> {
   using Word = unsigned int;
 
   __device__ static Word multiply(Word slope, Word x) {
-    if constexpr (is_half<T>) {
-      const float a = number_of<T>(slope), b = number_of<T>(x);
-      return word_of(T(relu_xp::multiply(a, b)));
-    }
-    const float exact = relu_xp::multiply(bit_cast<float>(slope), bit_cast<float>(x & 0xffff0000u));
+    return round(relu_xp::multiply(exact(slope), exact(x)));
+  }
+  __device__ static Word add(Word x, Word bias) {
+    return round(relu_xp::add(exact(x), exact(bias)));
+  }
+
+ private:
+  __device__ static float exact(Word x) {
+    if constexpr (is_half<T>) return number_of<T>(x);  // a subnormal is none in float32
+    return bit_cast<float>(x & 0xffff0000u);
+  }
+
+  __device__ static Word round(float x) {
+    if constexpr (is_half<T>) return word_of(T(x));
 #if __CUDA_ARCH__ >= 800
     // One instruction instead of seven, with which a leaky ReLU would be bound by arithmetic.
     unsigned short bits;
-    asm volatile("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(exact));
+    asm volatile("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return static_cast<Word>(bits) << 16;
 #else
-    const Word word = bit_cast<Word>(exact);
+    const Word word = bit_cast<Word>(x);
     const Word half = 0x7fff + (word >> 16 & 1);  // ties to even
     return is_nan<Float<float>>(word) ? word : word + half;
 #endif
@@ -333,20 +359,81 @@ class Bytes {
 // the arrays and index `first` of the mask, `store` computes its results and writes them. `kVector`
 // elements make an access of 16 bytes.
 
-template <template <int> class Mask, class A>
-struct Forward {
-  using T = typename A::Number;
-  static constexpr int kVector = 16 / sizeof(T);
-  A activation;
+// The input of a forward pass: x, or x + bias.
+
+// How a vectorized pass finds the biases of its neighbours: they are neighbours too, and aligned as
+// the elements are; there are two at most; or there may be any number of them.
+enum Spread { kRow, kRuns, kAny };
+
+template <class T>
+struct Plain {
   const T* x;
-  T* y;
-  unsigned char* mask;
 
   template <int count>
   struct Part {
     Elements<T, count> x;
 
-    __device__ void load(const Forward& pass, Index at, Index) { x.load(pass.x + at); }
+    __device__ void load(const Plain& input, Index at, Index) { x.load(input.x + at); }
+    __device__ Word<T> get(int k) const { return x.get(k); }
+  };
+};
+
+// The channel of element k of the mask's order is k / inner % channels.
+template <class T, Spread spread>
+struct Biased {
+  const T* bias;
+  Index channels, inner;
+  const T* x;
+
+  template <int count>
+  struct Part {
+    Elements<T, count> x, bias;
+
+    __device__ void load(const Biased& input, Index at, Index first) {
+      x.load(input.x + at);
+      const Index run = spread == kRow ? first : first / input.inner;
+      Index channel = run % input.channels;
+      if constexpr (count == 1 || spread == kRow) {
+        bias.load(input.bias + channel);
+      } else if constexpr (spread == kRuns) {
+        const Index left = (run + 1) * input.inner - first;
+        const Index next = channel + 1 == input.channels ? 0 : channel + 1;
+        const Word<T> here = word_of(input.bias[channel]), behind = word_of(input.bias[next]);
+#pragma unroll
+        for (int k = 0; k < count; ++k) bias.set(k, k < left ? here : behind);
+      } else {
+        Index position = first - run * input.inner;
+#pragma unroll
+        for (int k = 0; k < count; ++k) {
+          bias.set(k, word_of(input.bias[channel]));
+          if (++position == input.inner) {
+            position = 0;
+            if (++channel == input.channels) channel = 0;
+          }
+        }
+      }
+    }
+
+    __device__ Word<T> get(int k) const { return sum<Float<T>>(x.get(k), bias.get(k)); }
+  };
+};
+
+template <template <int> class Mask, class A, class Input = Plain<typename A::Number>>
+struct Forward {
+  using T = typename A::Number;
+  static constexpr int kVector = 16 / sizeof(T);
+  A activation;
+  Input input;
+  T* y;
+  unsigned char* mask;
+
+  template <int count>
+  struct Part {
+    typename Input::template Part<count> x;
+
+    __device__ void load(const Forward& pass, Index at, Index first) {
+      x.load(pass.input, at, first);
+    }
 
     __device__ void store(const Forward& pass, Index at, Index first, unsigned int active) const {
       Elements<T, count> y;
@@ -397,7 +484,7 @@ struct Backward {
 
   template <int count>
   struct Part {
-    Elements<T, count> dy;
+    Elements<T, count> dy, dx;
     Mask<count> branches;
 
     __device__ void load(const Backward& pass, Index at, Index first) {
@@ -405,8 +492,7 @@ struct Backward {
       branches.load(pass.mask, first);
     }
 
-    __device__ void store(const Backward& pass, Index at, Index, unsigned int) const {
-      Elements<T, count> dx;
+    __device__ void store(const Backward& pass, Index at, Index, unsigned int) {
 #pragma unroll
       for (int k = 0; k < count; ++k) {
         dx.set(k, pass.activation.backward(branches.get(k), dy.get(k)));
@@ -489,6 +575,84 @@ __device__ void vectorized(const Pass& pass, Index i, Index threads, Index n) {
     part.load(pass, at, at);
     part.store(pass, at, at, active_threads(i, threads));
   }
+}
+
+// ---- Sums for each channel ----------------------------------------------------------------------
+
+// The sums of an array seen as outer x channels x inner elements: element (row, channel, k) is part
+// of sum (channel, row % rows, k % columns). The array is dense in memory in any order of its axes;
+// strides count elements, and are 0 for one of length 1.
+struct Sums {
+  Index outer, channels, inner;
+  Index rows, columns;
+  Index outer_stride, channel_stride, inner_stride;
+  double* sums;
+};
+
+// A backward pass that also sums its results. A thread has `count` sums, of neighbours in memory,
+// in registers; threads beside each other have neighbours too.
+template <int count, class Pass>
+__device__ void backward_and_sum(const Pass& pass, const Sums& to, Index i) {
+  constexpr int batch = 4;  // parts that a thread loads before it stores one
+  const bool across = to.channel_stride == 1;
+  Index row, channel, column;
+  if (to.outer_stride == 1) {
+    row = i % to.rows, channel = i / to.rows % to.channels, column = i / to.rows / to.channels;
+  } else if (across) {
+    const Index threads = to.channels / count;
+    channel = i % threads * count, column = i / threads % to.columns;
+    row = i / threads / to.columns;
+  } else {
+    const Index threads = to.columns / count;
+    column = i % threads * count, channel = i / threads % to.channels;
+    row = i / threads / to.channels;
+  }
+  const Index runs = (to.inner - column + to.columns - 1) / to.columns;  // in a row
+  const Index parts = (to.outer - row + to.rows - 1) / to.rows * runs;
+  const Index step = to.columns * to.inner_stride;
+  const Index next_row = to.rows * to.outer_stride - (runs - 1) * step;  // modulo 2**64
+  Index at = row * to.outer_stride + channel * to.channel_stride + column * to.inner_stride;
+  double all[count] = {};
+  for (Index done = 0, run = 0; done < parts; done += batch) {
+    typename Pass::template Part<count> part[batch];
+    Index its[batch];
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      its[k] = at;
+      if (done + k < parts) part[k].load(pass, at, at);
+      const bool last = ++run == runs;
+      at += last ? next_row : step;
+      run = last ? 0 : run;
+    }
+#pragma unroll
+    for (int k = 0; k < batch; ++k) {
+      if (done + k >= parts) break;
+      part[k].store(pass, its[k], its[k], 0);
+#pragma unroll
+      for (int j = 0; j < count; ++j) {
+        all[j] += to_double(number_of<typename Pass::T>(part[k].dx.get(j)));
+      }
+    }
+  }
+  double* sums = to.sums + (channel * to.rows + row) * to.columns + column;
+#pragma unroll
+  for (int j = 0; j < count; ++j) sums[j * (across ? to.rows * to.columns : 1)] = all[j];
+}
+
+// Add up n sums of each channel: into `groups` sums, by `lanes` threads each, a power of 2 up to a
+// warp.
+template <class W>
+__device__ void add_up(const double* sums, W* totals, Index i, Index threads, Index n, Index groups,
+                       Index lanes) {
+  const Index step = groups * lanes, channel = i / step, first = i % step;  // first < n
+  const Index terms = (n - first + step - 1) / step;
+  const double* term = sums + channel * n + first;
+  double all = 0;
+#pragma unroll 4
+  for (Index k = 0; k < terms; ++k) all += term[k * step];
+  const unsigned int active = active_threads(i, threads);
+  for (Index by = lanes / 2; by > 0; by /= 2) all += __shfl_down_sync(active, all, by);
+  if (i % lanes == 0) totals[i / lanes] = round_to<W>(all);
 }
 
 }  // namespace relu_xp

@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from passes import check_bits, run_all
+from passes import check_bits, fenced, run_all
 
 import relu_xp
 from relu_xp.testing import reference
@@ -51,20 +51,6 @@ def test_products_have_the_bits_of_numpys(xp, x_dtype, dy_dtype):
             for arrays in (contiguous, strided)[: 1 + (name == "everything")]:
                 for got, host in zip(run_all(*arrays, params), wanted, strict=True):
                     check_bits(xp.numpy(got), host, name, any_nan=name in INFINITY_TIMES_0)
-
-
-def fenced(xp, host, offset):
-    """Return a copy of a 1-D array some elements behind an aligned address.
-
-    And a function that returns the bytes around it, which are 0x5A.
-    """
-    memory = np.full(host.nbytes + 1280, 0x5A, np.uint8)
-    memory = memory[-memory.ctypes.data % 256 :]
-    start = 256 + offset * host.itemsize
-    inside = slice(start, start + host.nbytes)
-    memory[inside] = host.view(np.uint8)
-    copy = xp.array(memory)
-    return copy[inside].view(host.dtype), lambda: np.delete(xp.numpy(copy), inside)
 
 
 @pytest.mark.slow

@@ -40,7 +40,13 @@ def of_each(names):
 
 
 def given_letters(name):
-    """Return every choice of parameters that a preset can give to a pass, as letters."""
+    """Return every choice of parameters that a preset can give to a pass, as letters.
+
+    Of a pass with a bias, which is made of the same parts, the first and the last one.
+    """
+    if name.startswith("bias_"):
+        every = given_letters(re.sub("^bias_|_(row|runs|any)$", "", name))
+        return [every[0], every[-1]]
     letters = "".join(form[1:] for form in kernels.PASSES[name].activations).replace("-", "")
     chosen = itertools.product((False, True), repeat=len(letters))
     every = ["".join(itertools.compress(letters, one)) for one in chosen]
@@ -56,15 +62,15 @@ def source(kernel, layout, small=True, **dtypes):
     dtypes = {letter: FLOATING.get(name) or np.dtype(name) for letter, name in dtypes.items()}
     arrays = [p if is_array(p) else None for p in kernel.params[:-1]]
     types = [p and dtypes.get(p.ctype, p.dtype) for p in arrays]
-    layouts = [p and (FLAT if p.name == "mask" else layout) for p in arrays]
+    layouts = [p and (FLAT if p.name in ("mask", "bias", "sums") else layout) for p in arrays]
     layouts.append(FLAT if all(p.raw for p in arrays if p) else layout)
     return cupy_host.source(kernel, types, layouts, small)[0]
 
 
 def is_array(p):
     """Whether a kernel's parameter is an array: `a` is a weight, or one of ReLU's parameters."""
-    scalars = (*"tbcf", "outer", "channels", "inner", "rows", "columns")
-    return p.name not in scalars and (p.name != "a" or p.ctype == "W")
+    scalars = p.ctype == "unsigned long long" or p.name in (*"tbcf",)
+    return not scalars and (p.name != "a" or p.ctype == "W")
 
 
 def sources(name, t, forms=tuple(FORMS), small=True):
@@ -75,6 +81,8 @@ def sources(name, t, forms=tuple(FORMS), small=True):
     found = {}
     for form in forms:
         vectorized, layout = FORMS[form]
+        if re.search("_(row|runs)$", name) and not vectorized:
+            continue  # there is one strided kernel, "any"
         if name in kernels.PASSES:
             for given in given_letters(name):
                 one = kernels.kernel(name, given, vectorized)
@@ -155,8 +163,11 @@ def test_what_the_compiler_made(name, t):
         assert not re.search(r"\b(ld|st)\.local\b|\.local \.align", ptx), what
         if name in kernels.PASSES:
             check_products(ptx, products(name, t, x, rest), what)
-            check_memory(ptx, expected_accesses(name, t, x, form), what)
-        elif name != "sums":  # which has a loop
+            if name.startswith("bias_"):
+                check_bias(ptx, name, t, form, what)
+            else:
+                check_memory(ptx, expected_accesses(name, t, x, form), what)
+        elif name not in ("sums", "channel_sums", "add_up"):  # which have a loop
             assert len(loading_blocks(ptx, what)) == 1, what
 
 
@@ -171,6 +182,26 @@ def check_products(ptx, dtypes, what):
     """A product is one instruction that -ftz leaves alone, and there is none that is not due."""
     wanted = {"mul.rn.f64" if dtype == "float64" else "mul.rn.f32" for dtype in dtypes}
     assert set(re.findall(r"\b(?:mul|fma)\S*\.(?:f16|bf16|f32|f64)\S*", ptx)) == wanted, what
+
+
+def check_bias(ptx, name, t, form, what):
+    """A sum is one instruction that -ftz leaves alone; all vectors are loaded before any store."""
+    width = "f64" if t == "float64" else "f32"
+    wanted = "add.f64" if "backward" in name else f"add.rn.{width}"
+    assert set(re.findall(r"\badd\.(?:\w+\.)*(?:f|bf)\d+\S*", ptx)) == {wanted}, what
+    divisions = [len(re.findall(rf"\b(?:div|rem)\.u{bits}\b", ptx)) for bits in (32, 64)]
+    assert divisions[0] >= divisions[1] > 0, what  # of 32 bits where the numbers have no more
+    vectors = re.findall(r"\b(ld|st)\.global\.v(?:4\.u32|2\.u64)\b", ptx)
+    loads, stores = wide_accesses(name) if FORMS[form][0] else (0, 0)
+    assert vectors == ["ld"] * loads + ["st"] * stores, what
+
+
+def wide_accesses(name):
+    """Return how many vectors a thread loads and stores at once."""
+    if name.startswith("bias_backward"):
+        return 4, 4
+    inputs = 2 if name == "backward_from_input" or name.endswith("_row") else 1
+    return inputs * kernels._CHUNKS, kernels._CHUNKS
 
 
 def expected_accesses(name, t, x, form):
@@ -240,7 +271,8 @@ def test_the_checks_can_fail():
         # By way of float32 to nearest it would be rounded twice to 16 bits.
         ("squared_relu_backward", "float16", "float64", "float16", "cvt.rz.f32.f64"),
         ("prelu", "float16", "float16", "float64", "cvt.rz.f32.f64"),
-        ("round_to", "float16", "float16", "float16", "cvt.rz.f32.f64"),
+        ("round_to", "float16", "float64", "float16", "cvt.rz.f32.f64"),
+        ("add_up", "float16", "float16", "float16", "cvt.rz.f32.f64"),
         ("prelu_forward", "float64", "float64", "float32", "cvt.f64.f32"),  # keeps subnormals
     ],
 )
@@ -263,7 +295,10 @@ def test_values_of_conversions(launches):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @of_each(kernels.PASSES)
 def test_what_the_assembler_made(request, name, t, architecture):
-    """The machine's own instructions: 16 bytes an access, no spill, no branch for an element."""
+    """The machine's own instructions: 16 bytes an access, no spill, no branch for an element.
+
+    The code for 64 bits of a division is apart, and has branches of its own.
+    """
     if cupy_host.disassembler() is None:
         unavailable(request.config, "nvdisasm is not installed")
     found = sources(name, t, ("flat", "cube")).items()
@@ -274,9 +309,16 @@ def test_what_the_assembler_made(request, name, t, architecture):
     for its_name, lines in made.items():
         text = "\n".join(lines)
         wide = {kind: len(re.findall(rf"\b{kind}\.E\S*\.128\b", text)) for kind in ("LDG", "STG")}
-        assert wide["LDG"] == (1 + (name == "backward_from_input")) * kernels._CHUNKS, its_name
-        assert wide["STG"] >= kernels._CHUNKS, its_name  # of a shuffle there is a copy, out of line
-        assert not re.search(r"\b(LDL|STL)\b", text), its_name
-        assert len(re.findall(r"\bBRA\b", text)) <= (20 if "SHFL" in text else 12), its_name
+        loads, stores = wide_accesses(name)
+        repeated = 1
+        if name.startswith("bias_backward"):  # whose loop the compiler may unroll
+            repeated = wide["LDG"] // loads
+        assert wide["LDG"] == loads * repeated > 0, its_name
+        assert wide["STG"] >= stores, its_name  # of a shuffle there is a copy, out of line
+        assert not re.search(r"\b(LDL|STL)\b|\b[FD](ADD|MUL|FMA)\S*\.FTZ\b", text), its_name
+        if not name.startswith("bias_"):
+            assert len(re.findall(r"\bBRA\b", text)) <= (20 if "SHFL" in text else 12), its_name
         registers = map(int, re.findall(r"\bR(\d+)\b", text))
-        assert max(registers) < 64, its_name  # or only half of the threads fit
+        # Or only half of the threads fit. A pass that sums has fewer of them.
+        limit = 128 if name.startswith("bias_backward") else 80 if name.endswith("_any") else 64
+        assert max(registers) < limit, its_name

@@ -54,7 +54,10 @@ def test_calls_run_on_the_current_stream_and_wait_for_nothing(cupy):
     """With one stream held up, its calls return at once, and those of another are completed."""
 
     def calls(x):
-        return [*run_all(x, x, {}), *run_all(x[::2], x[::2], {})]
+        rows, bias = x[:100_000].reshape(100, 1000), x[:1000]
+        y, pullback = relu_xp.bias_relu_vjp(rows, bias)
+        dx, _ = pullback(rows)
+        return [*run_all(x, x, {}), *run_all(x[::2], x[::2], {}), y, dx]
 
     hosts = [np.random.default_rng(n).standard_normal(100_003).astype(np.float32) for n in (1, 2)]
     held, free = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
@@ -127,6 +130,70 @@ def test_a_graph_of_both_passes(cupy, preset, dtype, layout):
             wanted = run_all(*hosts, params)[1:]
         for got, host in zip((y, slope, dx, from_input), wanted, strict=True):
             check_bits(cupy.ascontiguousarray(got).get(), host, preset)
+
+
+@pytest.mark.parametrize("shape", [(300, 64), (300, 63), (3, 5, 7, 9)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_graph_of_a_bias(cupy, dtype, shape):
+    """Its sums are allocated: of a pool that is kept as long as the graph."""
+    layout = {"shape": shape, "dtype": dtype}
+    x, y, dy, dx = (cupy.zeros(**layout) for _ in range(4))
+    bias, mask = cupy.zeros(shape[1], dtype), cupy.zeros(x.size, np.uint8)
+
+    def step():
+        pullback = relu_xp.bias_relu_vjp(x, bias, axis=1, out=y, mask=mask)[1]
+        return pullback(dy, out=dx)[1]
+
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        step()  # compiles, and fills the pool
+        stream.synchronize()
+        stream.begin_capture()
+        try:
+            dbias = step()
+        finally:
+            graph = stream.end_capture()
+    rng = np.random.default_rng(9)
+    for _ in range(3):
+        hosts = [rng.integers(-9, 9, a.shape).astype(dtype) for a in (x, bias, dy)]
+        with stream:
+            x[...], bias[...], dy[...] = map(cupy.asarray, hosts)
+            graph.launch()
+            cupy.full(1 << 20, 0xFF, np.uint8)  # takes memory that is free
+            graph.launch()
+        stream.synchronize()
+        wanted, pullback = relu_xp.bias_relu_vjp(*hosts[:2], axis=1)
+        for got, host in zip((y, dx, dbias), (wanted, *pullback(hosts[2])), strict=True):
+            check_bits(got.get(), host, shape)
+
+
+@pytest.mark.parametrize("channels", [1024, 1023])
+def test_a_bias_of_more_than_two_to_the_32_elements(cupy, channels):
+    """Rows that repeat; integers, whose sums are exact. With vectors, and without."""
+    tile = 1 << 10
+    rows = tile * -(-((1 << 32) + 5) // (tile * channels))
+    free, _ = cupy.cuda.runtime.memGetInfo()
+    if free < 4.5 * rows * channels:
+        pytest.skip(f"{free / 2**30:.0f} GiB are free, too few for two arrays of 2**32 elements")
+    rng = np.random.default_rng(5)
+    host = rng.integers(-9, 9, (tile, channels)).astype(np.float16)
+    host_bias = rng.integers(-9, 9, channels).astype(np.float64)
+    right, pullback = relu_xp.bias_relu_vjp(host, host_bias)
+    right_dx, right_dbias = pullback(host)
+    x, y = (cupy.empty((rows, channels), np.float16) for _ in range(2))
+    x.reshape(-1, tile, channels)[...] = cupy.asarray(host)
+
+    def check(wanted):
+        wanted = cupy.asarray(wanted)
+        for part in y.reshape(-1, tile, channels):
+            assert bool((part == wanted).all())
+
+    _, pullback = relu_xp.bias_relu_vjp(x, cupy.asarray(host_bias), out=y)
+    check(right)
+    dbias = pullback(x, out=y)[1]
+    check(right_dx)
+    assert dbias.get().tolist() == (rows // tile * right_dbias).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
