@@ -115,7 +115,8 @@ class TorchBackend(Backend):
         self, grad_params: CastParameters, dy: Any, residuals: Any, axis: int, dtype: Any, out: Any
     ) -> tuple[Any, Any]:
         """Return f'(x + bias) * dy, and the bias's gradient, which holds no graph of autograd."""
-        sample = torch.empty(0, dtype=dtype)  # NumPy rounds a sum once, PyTorch to 16 bits twice
+        # In NumPy's dtype: PyTorch rounds float64 to float32 on the way to 16 bits.
+        sample = torch.empty(0, dtype=dtype, device="cpu")
         is_packed = isinstance(residuals, Mask) and not _is_tracked(dy, out)
         views = self._views(dy, out, sample) if is_packed else None
         if views is not None:
