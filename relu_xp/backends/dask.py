@@ -73,15 +73,13 @@ class DaskBackend(Backend):
 
     def bias_relu(self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any) -> Any:
         """Return f(x + bias)."""
-        bias = _rechunk(bias, x.chunks[axis : axis + 1])
-        return _map("bias_relu", (params,), (x, bias), (axis, None), vector_axis=axis)
+        return _map_biased("bias_relu", params, x, bias, axis, (None,))
 
     def bias_relu_with_mask(
         self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any, mask: Any
     ) -> tuple[Any, _Residuals]:
         """Return f(x + bias) and the residuals of the chunks, as `forward_with_mask` does."""
-        arrays, rest = (x, _rechunk(bias, x.chunks[axis : axis + 1])), (axis, None, None)
-        pairs = _map("bias_relu_with_mask", (params,), arrays, rest, vector_axis=axis)
+        pairs = _map_biased("bias_relu_with_mask", params, x, bias, axis, (None, None))
         return _take_apart(pairs, params)
 
     def bias_relu_backward(
@@ -229,6 +227,15 @@ def _map_backward(name: str, params: tuple[CastParameters, ...], dy: Any, x: Any
     if dy is not None:
         dy = _rechunk(dy, x.chunks)
     return _blockwise(functools.partial(dask_chunks.apply_pair, name, params), name, (dy, x))
+
+
+def _map_biased(
+    name: str, params: CastParameters, x: Any, bias: Any, axis: int, rest: tuple[Any, ...]
+) -> Any:
+    """Return the same for x and a bias along an axis."""
+    bias = _rechunk(bias, x.chunks[axis : axis + 1])
+    function = functools.partial(dask_chunks.apply_biased, name, params, axis, rest)
+    return _blockwise(function, name, (x, bias), vector_axis=axis)
 
 
 def _blockwise(

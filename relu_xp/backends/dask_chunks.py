@@ -18,6 +18,7 @@ __all__ = [
     "ChunkResiduals",
     "add",
     "apply",
+    "apply_biased",
     "apply_pair",
     "backward",
     "bias_relu_backward",
@@ -78,6 +79,18 @@ def apply_pair(name: str, params: tuple[CastParameters, ...], dy: Any, x: Any) -
     if dy is not None:
         _check_chunks(dy, x)
     return apply(name, params, (None,), dy, x)
+
+
+def apply_biased(
+    name: str, params: CastParameters, axis: int, rest: tuple[Any, ...], x: Any, bias: Any
+) -> Any:
+    """Call a method of a chunk's backend for x and a bias along an axis."""
+    if bias.shape != x.shape[axis : axis + 1]:
+        raise ValueError(
+            f"a chunk of the bias has shape {bias.shape}, the one of x {x.shape}, along axis {axis}"
+            "; call .compute_chunk_sizes() of x first"
+        )
+    return apply(name, (params,), (axis, *rest), x, bias)
 
 
 def backward(params: CastParameters, dy: Any, residuals: ChunkResiduals) -> Any:

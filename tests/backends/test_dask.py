@@ -361,6 +361,12 @@ def test_bias_relu_of_chunks_of_unknown_sizes():
     np.testing.assert_allclose(bias_grad.compute(), its_pullback(its_host)[1], rtol=1e-6)
     with pytest.raises(ValueError, match="unknown number of channels along axis 0; call x.compute"):
         relu_xp.bias_relu(x, da.ones(3), axis=0)
+    short = da.ones((4, 6), chunks=3).map_blocks(lambda block: block[:, :1], dtype=float)
+    for call in (relu_xp.bias_relu, lambda x, bias: relu_xp.bias_relu_vjp(x, bias)[0]):
+        with pytest.raises(
+            ValueError, match=r"bias has shape \(3,\), the one of x \(., 1\), along"
+        ):
+            call(short, da.ones(6)).compute()
 
 
 def test_nothing_of_a_bias_is_computed():
