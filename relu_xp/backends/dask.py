@@ -12,6 +12,7 @@ checks whether they match.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -20,30 +21,16 @@ import array_api_compat
 import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
-from dask.sizeof import sizeof
 
+from relu_xp.backends import dask_chunks
 from relu_xp.backends.base import Backend
 from relu_xp.backends.numpy import NumpyBackend
 from relu_xp.dispatch import backend_for
-from relu_xp.mask import Mask
 from relu_xp.parameters import CastParameters
 
 __all__ = ["DaskBackend"]
 
 _DEVICE = ("dask", None)  # chunks may lie anywhere, and on several devices
-
-# Dask moves and drops results by their sizes.
-sizeof.register(Mask, lambda mask: mask.data.nbytes)
-
-
-class _ChunkResiduals(NamedTuple):
-    """The residuals of a chunk, and its shape."""
-
-    shape: tuple[int, ...]
-    data: Any
-
-
-sizeof.register(_ChunkResiduals, lambda residuals: sizeof(residuals.data))
 
 
 class _Residuals(NamedTuple):
@@ -70,13 +57,11 @@ class DaskBackend(Backend):
         residuals, so that no pair, with y in it, waits for the gradient to be asked for: between
         the passes of a training step only the masks are held.
         """
-        pairs = _map("forward_with_mask", (params,), (x,), (None, None))
-        blocks = _blockwise(_residuals_of_pair, "residuals", (pairs,))
-        return _blockwise(_first, "forward", (pairs, blocks)), _Residuals(blocks, params)
+        return _take_apart(_map("forward_with_mask", (params,), (x,), (None, None)), params)
 
     def backward(self, grad_params: CastParameters, dy: Any, residuals: Any, out: Any) -> Any:
         """Return f'(x) * dy from the residuals."""
-        function = functools.partial(_chunk_backward, grad_params)
+        function = functools.partial(dask_chunks.backward, grad_params)
         blocks = residuals.blocks
         return _blockwise(function, "backward", (_rechunk(dy, blocks.chunks), blocks))
 
@@ -86,6 +71,40 @@ class DaskBackend(Backend):
         """Return f'(x) * dy."""
         return _map_backward("backward_from_input", (params, grad_params), dy, x)
 
+    def bias_relu(self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any) -> Any:
+        """Return f(x + bias)."""
+        return _map_biased("bias_relu", params, x, bias, axis, (None,))
+
+    def bias_relu_with_mask(
+        self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any, mask: Any
+    ) -> tuple[Any, _Residuals]:
+        """Return f(x + bias) and the residuals of the chunks, as `forward_with_mask` does."""
+        pairs = _map_biased("bias_relu_with_mask", params, x, bias, axis, (None, None))
+        return _take_apart(pairs, params)
+
+    def bias_relu_backward(
+        self, grad_params: CastParameters, dy: Any, residuals: Any, axis: int, dtype: Any, out: Any
+    ) -> tuple[Any, Any]:
+        """Return f'(x + bias) * dy and its sum, both made by one task a chunk.
+
+        The sums of a chunk stay in float64 until Dask has added those of all chunks. What takes dx
+        waits for them, so that no pair waits for a sum that is asked for later.
+        """
+        blocks = residuals.blocks
+        function = functools.partial(dask_chunks.bias_relu_backward, grad_params, axis)
+        arrays = _rechunk(dy, blocks.chunks), blocks
+        pairs = _blockwise(function, "bias_relu_backward", arrays)
+        summed = tuple(other for other in range(dy.ndim) if other != axis)
+        sums = _blockwise(
+            functools.partial(dask_chunks.sums_of_pair, axis),
+            "sums",
+            (pairs,),
+            adjust_chunks=dict.fromkeys(summed, 1),
+            dtype=np.float64,
+        )
+        dx = _blockwise(dask_chunks.first, "backward", (pairs, sums))
+        return dx, _total(sums, summed, dtype, keepdims=False)
+
     def prelu(self, values: Any, x: Any, weight: Any, out: Any) -> Any:
         """Return f(x) or f'(x) * dy."""
         like = next(array for array in (x, values, weight) if array is not None)
@@ -93,7 +112,7 @@ class DaskBackend(Backend):
             values = _rechunk(values, like.chunks)
         dtype = weight.dtype if values is None else values.dtype
         arrays = values, x, _rechunk_weight(weight, like)
-        return _blockwise(_chunk_prelu, "prelu", arrays, dtype=dtype)
+        return _blockwise(dask_chunks.prelu, "prelu", arrays, dtype=dtype)
 
     def prelu_weight_grad(self, dy: Any, x: Any, weight: Any) -> Any:
         """Return the gradient with respect to the weight.
@@ -102,15 +121,13 @@ class DaskBackend(Backend):
         """
         summed = tuple(axis for axis, length in enumerate(weight.shape) if length == 1)
         sums = _blockwise(
-            functools.partial(_chunk_prelu_weight_grad, summed),
+            functools.partial(dask_chunks.prelu_weight_grad, summed),
             "prelu_weight_grad",
             (_rechunk(dy, x.chunks), x),
             adjust_chunks=dict.fromkeys(summed, 1),
             dtype=np.float64,
         )
-        total = da.sum(sums, axis=summed, keepdims=True, dtype=np.float64)
-        narrow = functools.partial(_narrow, weight.dtype)
-        return _blockwise(narrow, "prelu_weight_grad", (total,), dtype=weight.dtype)
+        return _total(sums, summed, weight.dtype, keepdims=True)
 
     def squared_relu(self, x: Any, out: Any) -> Any:
         """Return relu(x)**2."""
@@ -201,14 +218,24 @@ def _map(
     **options: Any,
 ) -> Any:
     """Return the array of what a method of the backend returns for each chunk."""
-    return _blockwise(functools.partial(_chunk, name, params, rest), name, arrays, **options)
+    function = functools.partial(dask_chunks.apply, name, params, rest)
+    return _blockwise(function, name, arrays, **options)
 
 
 def _map_backward(name: str, params: tuple[CastParameters, ...], dy: Any, x: Any) -> Any:
     """Return the same for a gradient, which may be None, and an input."""
     if dy is not None:
         dy = _rechunk(dy, x.chunks)
-    return _blockwise(functools.partial(_chunk_pair, name, params), name, (dy, x))
+    return _blockwise(functools.partial(dask_chunks.apply_pair, name, params), name, (dy, x))
+
+
+def _map_biased(
+    name: str, params: CastParameters, x: Any, bias: Any, axis: int, rest: tuple[Any, ...]
+) -> Any:
+    """Return the same for x and a bias along an axis."""
+    bias = _rechunk(bias, x.chunks[axis : axis + 1])
+    function = functools.partial(dask_chunks.apply_biased, name, params, axis, rest)
+    return _blockwise(function, name, (x, bias), vector_axis=axis)
 
 
 def _blockwise(
@@ -218,23 +245,37 @@ def _blockwise(
     *,
     dtype: Any = None,
     adjust_chunks: dict[int, Any] | None = None,
+    vector_axis: int | None = None,
 ) -> Any:
     """Return the array of what a function returns for each chunk.
 
     An array may be None, which is passed on. Dtype and kind are by default those of the first one.
+    With a `vector_axis`, the last one is 1-D, and goes along that axis.
     """
     first = next(array for array in arrays if array is not None)
     axes = tuple(range(first.ndim))
+    indices = [None if array is None else axes for array in arrays]
+    if vector_axis is not None:
+        indices[-1] = (vector_axis,)
     return da.blockwise(
-        functools.partial(_on_arrays, function),
+        functools.partial(dask_chunks.on_arrays, function),
         axes,
-        *(part for array in arrays for part in (array, None if array is None else axes)),
+        *itertools.chain(*zip(arrays, indices, strict=True)),
         token=f"relu-{name}",
         dtype=first.dtype if dtype is None else dtype,
         meta=meta_from_array(first),
         adjust_chunks=adjust_chunks,
         align_arrays=False,  # they are, or are of unknown sizes
     )
+
+
+def _total(sums: Any, axes: tuple[int, ...], dtype: Any, *, keepdims: bool) -> Any:
+    """Return the sums of all chunks, added in float64 along axes, in a dtype."""
+    if axes:
+        add = dask_chunks.add
+        sums = da.reduction(sums, add, add, axis=axes, keepdims=keepdims, dtype=np.float64)
+    narrow = functools.partial(dask_chunks.narrow, dtype)
+    return _blockwise(narrow, "total", (sums,), dtype=dtype)
 
 
 def _rechunk(array: Any, chunks: tuple[tuple[float, ...], ...]) -> Any:
@@ -257,69 +298,7 @@ def _rechunk_weight(weight: Any, like: Any) -> Any:
     return _rechunk(weight, tuple((1,) if length == 1 else lengths for length, lengths in axes))
 
 
-def _first(pair: tuple[Any, Any], residuals: Any) -> Any:
-    return pair[0]
-
-
-def _residuals_of_pair(pair: tuple[Any, Any]) -> _ChunkResiduals:
-    return _ChunkResiduals(pair[0].shape, pair[1])
-
-
-def _chunk(
-    name: str, params: tuple[CastParameters, ...], rest: tuple[Any, ...], *arrays: Any
-) -> Any:
-    """Call a method of a chunk's backend; `params` belong to the arrays, the last to the first."""
-    like = next(array for array in arrays if array is not None)
-    backend = backend_for("relu", "a chunk of x", like)
-    cast = [
-        each.parameters.cast(backend.dtype_name((like if array is None else array).dtype))
-        for each, array in zip(reversed(params), arrays, strict=False)
-    ]
-    return getattr(backend, name)(*reversed(cast), *arrays, *rest)
-
-
-def _chunk_pair(name: str, params: tuple[CastParameters, ...], dy: Any, x: Any) -> Any:
-    """Call a method of a chunk's backend for a gradient, which may be None."""
-    if dy is not None:
-        _check_chunks(dy, x)
-    return _chunk(name, params, (None,), dy, x)
-
-
-def _chunk_backward(params: CastParameters, dy: Any, residuals: _ChunkResiduals) -> Any:
-    _check_chunks(dy, residuals)
-    backend = backend_for("relu", "a chunk of x", dy)
-    cast = params.parameters.cast(backend.dtype_name(dy.dtype))
-    return backend.backward(cast, dy, residuals.data, None)
-
-
-def _chunk_prelu(values: Any, x: Any, weight: Any) -> Any:
-    if values is not None:
-        _check_chunks(values, weight if x is None else x)
-    return _chunk("prelu", (), (None,), values, x, weight)
-
-
-def _chunk_prelu_weight_grad(summed: tuple[int, ...], dy: Any, x: Any) -> Any:
-    _check_chunks(dy, x)
-    xp = array_api_compat.array_namespace(x)
-    shape = tuple(1 if axis in summed else length for axis, length in enumerate(x.shape))
-    return _chunk("prelu_weight_grad", (), (), dy, x, xp.zeros(shape, dtype=xp.float64))
-
-
-def _narrow(dtype: Any, total: Any) -> Any:
-    """Return sums in a dtype, silently: they may be beyond its range."""
-    with np.errstate(all="ignore"):
-        return total.astype(dtype)
-
-
-def _on_arrays(function: Callable[..., Any], *chunks: Any) -> Any:
-    """Call a function with 0-d arrays where Dask's reductions and indexing have made scalars."""
-    return function(*(np.asarray(c) if isinstance(c, np.generic) else c for c in chunks))
-
-
-def _check_chunks(dy: Any, x: Any) -> None:
-    """Refuse chunks whose shapes differ from what was declared."""
-    if dy.shape != x.shape:
-        raise ValueError(
-            f"a chunk of dy has shape {dy.shape}, the one of x {x.shape}; "
-            "call .compute_chunk_sizes() of both arrays, and give them equal chunks"
-        )
+def _take_apart(pairs: Any, params: CastParameters) -> tuple[Any, _Residuals]:
+    """Return the first of pairs with residuals, and the residuals of all chunks."""
+    blocks = _blockwise(dask_chunks.residuals_of_pair, "residuals", (pairs,))
+    return _blockwise(dask_chunks.first, "forward", (pairs, blocks)), _Residuals(blocks, params)

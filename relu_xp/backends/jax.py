@@ -60,6 +60,26 @@ class JaxBackend(Backend):
         """Return f'(x) * dy."""
         return _run(_base.backward_from_input, [params, grad_params], dy, x, out)
 
+    def bias_relu(self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any) -> Any:
+        """Return f(x + bias)."""
+        return _run(_base.bias_relu, [params], x, bias, axis=axis, out=out)
+
+    def bias_relu_with_mask(
+        self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any, mask: Any
+    ) -> tuple[Any, Any]:
+        """Return f(x + bias) and the branch codes of the sum."""
+        options = {"axis": axis, "out": out, "mask": mask}
+        y, residuals = _run(_base.bias_relu_with_mask, [params], x, bias, **options)
+        return y, residuals
+
+    def bias_relu_backward(
+        self, grad_params: CastParameters, dy: Any, residuals: Any, axis: int, dtype: Any, out: Any
+    ) -> tuple[Any, Any]:
+        """Return f'(x + bias) * dy and its sum, from the branch codes."""
+        options = {"axis": axis, "dtype": dtype, "out": out}
+        dx, total = _run(_base.bias_relu_backward, [grad_params], dy, residuals, **options)
+        return dx, total
+
     prelu = staticmethod(_jit(_base.prelu))
     prelu_weight_grad = staticmethod(_jit(_base.prelu_weight_grad))
     crelu = staticmethod(_jit(_base.crelu, static_argnums=1))
@@ -87,20 +107,23 @@ def _unflatten(items: tuple[Any, ...], children: tuple[Any]) -> Pullback[Any]:
 jax.tree_util.register_pytree_node(Pullback, _flatten, _unflatten)
 
 
-def _run(function: Callable[..., Any], params: list[CastParameters], *arrays: Any) -> Any:
-    """Return the result of a pass, compiled for any parameters of the same structure."""
+def _run(
+    function: Callable[..., Any], params: list[CastParameters], *arrays: Any, **options: Any
+) -> Any:
+    """Return the result of a pass, compiled for these options and any values of the parameters."""
     flags, values = zip(*map(_as_arguments, params), strict=True)
-    return _compiled(function, flags, values, *arrays)
+    return _compiled(function, flags, tuple(options.items()), values, *arrays)
 
 
-@functools.partial(_jit, static_argnums=(0, 1))
+@functools.partial(_jit, static_argnums=(0, 1, 2))
 def _compiled(
     function: Callable[..., Any],
     flags: tuple[tuple[int, ...], ...],
+    options: tuple[tuple[str, Any], ...],
     values: tuple[dict[str, Any], ...],
     *arrays: Any,
 ) -> Any:
-    return function(*map(_as_parameters, flags, values), *arrays)
+    return function(*map(_as_parameters, flags, values), *arrays, **dict(options))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -98,6 +98,37 @@ class TorchBackend(Backend):
             return torch.ops.aten.threshold_backward(dy, x, params.threshold)
         return self._backward_from_input(params, grad_params, dy, x.detach(), out)
 
+    bias_relu = _by_numpy("bias_relu")
+
+    def bias_relu_with_mask(
+        self, params: CastParameters, x: Any, bias: Any, axis: int, out: Any, mask: Any
+    ) -> tuple[Any, Any]:
+        """Return f(x + bias) and the packed mask of the sum, or the branch codes."""
+        views = None if _is_tracked(x, bias, out) else self._views(x, bias, out)
+        if views is None:
+            return super().bias_relu_with_mask(params, x, bias, axis, out, mask)
+        array, vector, target = views
+        y, residuals = self._numpy.bias_relu_with_mask(params, array, vector, axis, target, None)
+        return _as_tensor(y, target, out), residuals
+
+    def bias_relu_backward(
+        self, grad_params: CastParameters, dy: Any, residuals: Any, axis: int, dtype: Any, out: Any
+    ) -> tuple[Any, Any]:
+        """Return f'(x + bias) * dy, and the bias's gradient, which holds no graph of autograd."""
+        # In NumPy's dtype: PyTorch rounds float64 to float32 on the way to 16 bits.
+        sample = torch.empty(0, dtype=dtype, device="cpu")
+        is_packed = isinstance(residuals, Mask) and not _is_tracked(dy, out)
+        views = self._views(dy, out, sample) if is_packed else None
+        if views is not None:
+            array, target, like = views
+            dx, total = self._numpy.bias_relu_backward(
+                grad_params, array, residuals, axis, like.dtype, target
+            )
+            return _as_tensor(dx, target, out), _as_tensor(total, None, None)
+        dx, total = super().bias_relu_backward(grad_params, dy, residuals, axis, dtype, out)
+        is_traced = _is_recorded() or _is_transformed(total)
+        return dx, total if is_traced else total.detach()
+
     def prelu_weight_grad(self, dy: Any, x: Any, weight: Any) -> Any:
         """Return the gradient with respect to the weight, which holds no graph of autograd."""
         if not _is_recorded() and not any(map(_is_transformed, (dy, x, weight))):

@@ -15,17 +15,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
 import relu_xp
-from relu_xp.arrays import from_numpy
 from relu_xp.backends.base import Backend
 from relu_xp.dispatch import backend_for
 from relu_xp.testing import reference
+from relu_xp.testing._activations import RELU, VJPS, dx_of, views
 from relu_xp.testing._library import Bits, Library, array_of, check, library_of
 
 try:
@@ -35,41 +34,14 @@ except ModuleNotFoundError:
         "relu_xp.testing.conformance needs pytest: pip install pytest", name="pytest"
     ) from None
 
+from relu_xp.testing._bias_relu import *  # noqa: F403
 from relu_xp.testing._truth_table import *  # noqa: F403
+
+_each_relu = pytest.mark.parametrize("params", RELU.values(), ids=RELU)
+_each_activation = pytest.mark.parametrize("name", VJPS)
 
 # A library may warn when a product overflows, or at a signalling NaN.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in :RuntimeWarning")
-
-_RELU: dict[str, dict[str, Any]] = {
-    "relu": {},
-    "three-branches": {"negative_slope": 0.5, "max_value": 2.0},
-    "threshold": {"threshold": 0.5, "positive_slope": 0.5},  # f(x) is in another branch than x
-}
-
-
-def _prelu_vjp(x: Any, **options: Any) -> tuple[Any, Any]:
-    weight = from_numpy(np.full(1, 0.25, np.float32), x)
-    return relu_xp.prelu_vjp(x, weight, axis=0, **options)
-
-
-def _rrelu_vjp(x: Any, **options: Any) -> tuple[Any, Any]:
-    return relu_xp.rrelu_vjp(x, rng=np.random.default_rng(2), **options)
-
-
-# By name, the function that returns y and a pullback, whose first or only result is dx.
-_VJPS: dict[str, Callable[..., tuple[Any, Any]]] = {
-    **{name: functools.partial(relu_xp.relu_vjp, **_RELU[name]) for name in _RELU},
-    "prelu": _prelu_vjp,
-    "rrelu": _rrelu_vjp,
-    "crelu": functools.partial(relu_xp.crelu_vjp, axis=0),
-    "squared_relu": relu_xp.squared_relu_vjp,
-}
-_each_relu = pytest.mark.parametrize("params", _RELU.values(), ids=_RELU)
-_each_activation = pytest.mark.parametrize("name", _VJPS)
-
-
-def _dx(result: Any) -> Any:
-    return result[0] if isinstance(result, tuple) else result
 
 
 @pytest.fixture
@@ -144,18 +116,18 @@ def test_shapes_and_dtypes_are_kept(
     library: Library, dtype: str, name: str, shape: tuple[int, ...]
 ) -> None:
     """A1, D2: 0-d and empty arrays too; the dtype of a gradient is that of dy."""
-    if name == "crelu" and not shape:
-        return  # there is no axis to concatenate along
+    if not shape and name.startswith(("crelu", "bias_relu")):
+        return  # there is no axis
     x = library.array(np.full(shape, -2.5, reference.DTYPES[dtype]))
-    y, pullback = _VJPS[name](x)
+    y, pullback = VJPS[name](x)
     results = [(y, dtype, tuple(y.shape))]
     for other in library.dtypes:
         dy = library.array(np.ones(y.shape, reference.DTYPES[other]))
-        results.append((_dx(pullback(dy)), other, shape))
-        if name in _RELU:
-            results.append((relu_xp.relu_backward(dy, x, **_RELU[name]), other, shape))
-    if name in _RELU:
-        results += [(f(x, **_RELU[name]), dtype, shape) for f in (relu_xp.relu, relu_xp.relu_grad)]
+        results.append((dx_of(pullback(dy)), other, shape))
+        if name in RELU:
+            results.append((relu_xp.relu_backward(dy, x, **RELU[name]), other, shape))
+    if name in RELU:
+        results += [(f(x, **RELU[name]), dtype, shape) for f in (relu_xp.relu, relu_xp.relu_grad)]
     for result, kind, its_shape in results:  # `library.numpy` asserts the type
         got = library.numpy(result)
         assert (got.shape, got.dtype) == (its_shape, reference.DTYPES[kind])
@@ -168,8 +140,8 @@ def test_every_layout(library: Library, dtype: str, params: dict[str, Any]) -> N
     """A1: views, broadcast ones too (the gradient of a sum); x and dy in different layouts."""
     rng = np.random.default_rng(7)
     host, gradient = rng.standard_normal((2, 24, 24)).astype(reference.DTYPES[dtype])
-    of_x = list(_views(library.array(host), host))
-    of_dy = list(_views(library.array(gradient), gradient))
+    of_x = list(views(library.array(host), host))
+    of_dy = list(views(library.array(gradient), gradient))
     for (x, seen), (dy, back) in zip(of_x, of_dy[1:] + of_dy[:1], strict=True):
         flat, flat_dy = library.array(seen.ravel()), library.array(back.ravel())
         expected = library.numpy(relu_xp.relu(flat, **params)).reshape(seen.shape)
@@ -181,57 +153,46 @@ def test_every_layout(library: Library, dtype: str, params: dict[str, Any]) -> N
             np.testing.assert_array_equal(library.numpy(result), dx)
 
 
-def _views(x: Any, host: Bits) -> Iterator[tuple[Any, Bits]]:
-    """Return those (12, 12) views of a (24, 24) array that the library has, and the host's."""
-    xp = array_api_compat.array_namespace(x)
-    for part in (np.s_[:12, :12], np.s_[1::2, ::2], np.s_[11::-1, ::-2]):
-        with contextlib.suppress(Exception):  # PyTorch has no negative steps
-            yield x[part], host[part]
-    yield xp.permute_dims(x[:12, 12:], (1, 0)), host[:12, 12:].T
-    for part in (np.s_[:1, :12], np.s_[:12, :1], np.s_[:1, :1]):
-        yield xp.broadcast_to(x[part], (12, 12)), np.broadcast_to(host[part], (12, 12))
-
-
 @_each_activation
 def test_inputs_are_neither_written_nor_kept(library: Library, dtype: str, name: str) -> None:
     """A2, A3: overwriting x and y after forward changes no gradient."""
     host = np.array([-1.0, 2.0, -0.0, 5.0, 0.75, -0.5, np.nan] * 40, reference.DTYPES[dtype])
     x = library.array(host.copy())
-    y, pullback = _VJPS[name](x)
+    y, pullback = VJPS[name](x)
     gradient = np.cos(np.arange(y.shape[0])).astype(host.dtype)
     dy = library.array(gradient.copy())
-    dx = library.numpy(_dx(pullback(dy))).tobytes()
+    dx = library.numpy(dx_of(pullback(dy))).tobytes()
     for function in (relu_xp.relu, relu_xp.relu_grad, functools.partial(relu_xp.relu_backward, x)):
-        function(x, **_RELU.get(name, {}))
+        function(x, **RELU.get(name, {}))
     assert library.numpy(x).tobytes() == host.tobytes(), "x was written"
     assert library.numpy(dy).tobytes() == gradient.tobytes(), "dy was written"
     for mine in (x, y):
         with contextlib.suppress(TypeError):  # of a library whose arrays cannot be written
             relu_xp.relu(library.array(np.full(mine.shape, 7, host.dtype)), out=mine)
     for _ in range(2):
-        assert library.numpy(_dx(pullback(dy))).tobytes() == dx, "x or y was kept"
+        assert library.numpy(dx_of(pullback(dy))).tobytes() == dx, "x or y was kept"
 
 
 @_each_activation
 def test_out_is_written_or_refused(library: Library, dtype: str, name: str) -> None:
     """A4: `out` is another array or the very input. Immutable arrays are refused by TypeError."""
     host = np.linspace(-3, 3, 150).astype(reference.DTYPES[dtype])
-    y, pullback = _VJPS[name](library.array(host.copy()))
+    y, pullback = VJPS[name](library.array(host.copy()))
     gradient = np.cos(np.arange(y.shape[0])).astype(host.dtype)
-    dx = library.numpy(_dx(pullback(library.array(gradient.copy())))).copy()
+    dx = library.numpy(dx_of(pullback(library.array(gradient.copy())))).copy()
 
     def forward(x: Any, **options: Any) -> Any:
-        y, its_pullback = _VJPS[name](x, **options)
-        its_dx = _dx(its_pullback(library.array(gradient.copy())))
+        y, its_pullback = VJPS[name](x, **options)
+        its_dx = dx_of(its_pullback(library.array(gradient.copy())))
         np.testing.assert_array_equal(library.numpy(its_dx), dx, "the mask is not that of x")
         return y
 
     calls: list[tuple[Callable[..., Any], list[Bits]]] = [
         (forward, [host]),
-        (lambda dy, **options: _dx(pullback(dy, **options)), [gradient]),
+        (lambda dy, **options: dx_of(pullback(dy, **options)), [gradient]),
     ]
-    if name in _RELU:
-        params = _RELU[name]
+    if name in RELU:
+        params = RELU[name]
         layer = relu_xp.ReLU(**params)
 
         def in_place(method: Callable[..., Any], x: Any, out: Any = None, **options: Any) -> Any:
@@ -306,8 +267,10 @@ def test_a_pullback_can_be_pickled(library: Library, name: str) -> None:
         pickle.dumps(x)
     except TypeError:
         pytest.skip(f"arrays of {library.name} cannot be pickled")
-    y, pullback = _VJPS[name](x)
-    found, dx = (library.numpy(_dx(p(y))) for p in (pickle.loads(pickle.dumps(pullback)), pullback))
+    y, pullback = VJPS[name](x)
+    found, dx = (
+        library.numpy(dx_of(p(y))) for p in (pickle.loads(pickle.dumps(pullback)), pullback)
+    )
     np.testing.assert_array_equal(found, dx)
 
 
@@ -315,20 +278,22 @@ def test_a_pullback_can_be_pickled(library: Library, name: str) -> None:
 def test_a_mask_of_the_caller(library: Library, dtype: str, params: dict[str, Any]) -> None:
     """It is filled and read, nothing behind it written; or refused by a library without masks."""
     host = np.linspace(-4, 4, 77).astype(reference.DTYPES[dtype])
-    x, dy = library.array(host), library.array(host + 9)
-    y, pullback = relu_xp.relu_vjp(x, **params)
+    x, dy, bias = map(library.array, (host, host + 9, np.cos(host)))
     cast = relu_xp.ReLU(**params).activation.cast(dtype)
     nbytes = backend_for("test", "x", x).mask_nbytes(cast, x)
-    mask = library.array(np.full(100 if nbytes is None else nbytes + 20, 0x5A, np.uint8))
-    if nbytes is None:
-        with pytest.raises(TypeError, match="relu_vjp: mask was given, but x is"):
-            relu_xp.relu_vjp(x, **params, mask=mask)
-        return
-    again, masked = relu_xp.relu_vjp(x, **params, mask=mask)
-    np.testing.assert_array_equal(library.numpy(again), library.numpy(y))
-    np.testing.assert_array_equal(library.numpy(masked(dy)), library.numpy(pullback(dy)))
-    assert nbytes <= masked.saved_nbytes <= nbytes + 7
-    assert (library.numpy(mask)[masked.saved_nbytes :] == 0x5A).all()
+    for name, arrays in (("relu_vjp", (x,)), ("bias_relu_vjp", (x, bias))):
+        vjp = functools.partial(getattr(relu_xp, name), *arrays, **params)
+        mask = library.array(np.full(100 if nbytes is None else nbytes + 20, 0x5A, np.uint8))
+        if nbytes is None:
+            with pytest.raises(TypeError, match=f"^{name}: mask was given, but x is"):
+                vjp(mask=mask)
+            continue
+        (y, pullback), (again, masked) = vjp(), vjp(mask=mask)
+        pairs = (y, again), (dx_of(pullback(dy)), dx_of(masked(dy)))
+        for result, other in pairs:
+            np.testing.assert_array_equal(library.numpy(result), library.numpy(other))
+        assert nbytes <= masked.saved_nbytes <= nbytes + 7
+        assert (library.numpy(mask)[masked.saved_nbytes :] == 0x5A).all()
 
 
 def test_the_backend_describes_arrays(library: Library, dtype: str) -> None:

@@ -1,7 +1,8 @@
 """The truth table on Python integers: slow, exact, and independent of the rest of the package.
 
 A number is a bit pattern; its value is an integer, in units of the format's smallest subnormal. NaN
-is None, infinity an integer beyond every finite value. A product is an exact integer, rounded once.
+is None, infinity an integer beyond every finite value. A product or a sum is an exact integer,
+rounded once.
 """
 
 from __future__ import annotations
@@ -114,6 +115,27 @@ class Format:
         if self.infinity in (left & (self.sign - 1), right & (self.sign - 1)):
             return ANY_NAN if 0 in values else sign | self.infinity
         return self.encode(sign, abs(values[0] * values[1]), self.unit_shift)
+
+    def sum(self, left: int, right: int) -> int | None:
+        """Return the bits of the rounded sum; ANY_NAN where it is NaN."""
+        values = self.value(left), self.value(right)
+        infinite = {bits for bits in (left, right) if bits & (self.sign - 1) == self.infinity}
+        if values[0] is None or values[1] is None or len(infinite) == 2:
+            return ANY_NAN
+        if infinite:
+            return infinite.pop()
+        total = values[0] + values[1]
+        sign = self.sign if total < 0 else 0
+        return left & right & self.sign if total == 0 else self.encode(sign, abs(total), 0)
+
+    def convert(self, bits: int, form: Format) -> int:
+        """Return the bits of a number of another format, rounded; of a NaN those of one."""
+        value, sign = form.value(bits), self.sign if bits & form.sign else 0
+        if value is None:
+            return self.sign - 1
+        if bits & (form.sign - 1) == form.infinity:
+            return sign | self.infinity
+        return self.encode(sign, abs(value) << self.unit_shift, form.unit_shift)
 
     def round(self, number: float) -> int:
         """Return the bits of a real number, rounded to nearest, ties to even."""

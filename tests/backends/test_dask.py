@@ -177,6 +177,15 @@ def test_chunks_of_cupy(request):
         assert pullback.saved_nbytes == 2 * 4
         for residuals in chunks_of(pullback._residuals.blocks):
             assert type(residuals.data.data) is cupy.ndarray
+        bias = da.from_array(HOST[0], chunks=10).map_blocks(library.array, meta=meta[0])
+        wanted, its_pullback = relu_xp.bias_relu_vjp(HOST, HOST[0])
+        y, pullback = relu_xp.bias_relu_vjp(x, bias)
+        dx, bias_grad = pullback(x)
+        for lazy, expected in ((y, wanted), (dx, its_pullback(HOST)[0])):
+            rows = [library.numpy(chunk) for chunk in chunks_of(lazy)]
+            np.testing.assert_array_equal(np.concatenate(rows), expected)
+        (total,) = map(library.numpy, chunks_of(bias_grad))
+        np.testing.assert_allclose(total, its_pullback(HOST)[1], rtol=1e-6)
 
 
 def test_a_reduced_or_indexed_array():
@@ -258,6 +267,134 @@ def test_weight_gradients_are_summed_in_float64():
     _, pullback = relu_xp.prelu_vjp(large, da.ones(1))
     wide = pullback(dy)[1].compute()
     assert wide.item() == -(float(np.float32(3e38)) ** 2), "beyond float32, and no NaN"
+
+
+@each_mask
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("chunks", "of_bias", "of_dy"),
+    [
+        ((6, 10, 4), 10, (6, 10, 4)),
+        ((4, 3, 2), 3, (4, 3, 2)),
+        ((4, 3, 4), 1, (1, 10, 3)),
+        (((0, 6, 0), (10, 0), (1, 3)), 2, (2, 5, 4)),
+    ],
+    ids=str,
+)
+def test_bias_relu_of_any_chunks(chunks, of_bias, of_dy, axis, params):
+    """Those of y and dx are those of x; exact numbers have one sum in any order."""
+    rng = np.random.default_rng(9)
+    host, gradient = (rng.integers(-8, 9, (6, 10, 4)).astype(np.float32) / 4 for _ in range(2))
+    added = np.linspace(-1, 1, host.shape[axis], dtype=np.float16)
+    x, dy = da.from_array(host, chunks=chunks), da.from_array(gradient, chunks=of_dy)
+    bias = da.from_array(added, chunks=of_bias)
+    y, pullback = relu_xp.bias_relu_vjp(x, bias, axis=axis, **params)
+    its_y, its_pullback = relu_xp.bias_relu_vjp(host, added, axis=axis, **params)
+    dx, bias_grad = pullback(dy)
+    once = relu_xp.bias_relu(x, bias, axis=axis, **params)
+    assert y.chunks == dx.chunks == once.chunks == x.chunks
+    assert bias_grad.chunks == (x.chunks[axis],)
+    wanted = its_y, its_y, *its_pullback(gradient)
+    for lazy, expected in zip((y, once, dx, bias_grad), wanted, strict=True):
+        found = lazy.compute()
+        assert lazy.dtype == found.dtype == expected.dtype
+        np.testing.assert_array_equal(found, expected)
+    assert type(bias_grad._meta) is np.ndarray
+    assert pullback.saved_nbytes == relu_xp.relu_vjp(x, **params)[1].saved_nbytes
+
+
+def test_a_pass_of_bias_relu_is_one_task_per_chunk():
+    """The one of the gradient also makes the chunk's sums."""
+    import dask
+    from dask.callbacks import Callback
+
+    def passes(*arrays):
+        names = []
+        with Callback(posttask=lambda key, *_: names.append(str(key))):
+            dask.compute(*arrays, scheduler="synchronous", optimize_graph=False)
+        return sorted(name.split("-")[1] for name in names if "relu-bias_relu" in name)
+
+    x, bias = da.ones((4, 6), chunks=(2, 3), dtype="float32"), da.ones(6, chunks=6)
+    y, pullback = relu_xp.bias_relu_vjp(x, bias)
+    assert passes(relu_xp.bias_relu(x, bias)) == ["bias_relu"] * 4
+    assert passes(y) == ["bias_relu_with_mask"] * 4
+    assert passes(*pullback(x)) == ["bias_relu_backward"] * 4 + ["bias_relu_with_mask"] * 4
+
+
+def test_bias_gradients_are_summed_in_float64():
+    """Within chunks and of all chunks: in float32 these would stop at 2**24, or cancel."""
+    x = da.ones((1 << 20, 40), chunks=(1 << 17, 20), dtype="float32")
+    for dtype in ("float32", "float64"):
+        _, pullback = relu_xp.bias_relu_vjp(x.rechunk({1: 40}), da.zeros(40, dtype=dtype))
+        assert (pullback(x * 33)[1].compute() == 33 << 20).all()
+    _, pullback = relu_xp.bias_relu_vjp(x, da.zeros(40, dtype="float16"))
+    narrow = pullback(x)[1].compute()
+    assert narrow.dtype == np.float16
+    assert (narrow == np.inf).all()
+    few = np.array([[2.0**30], [1.0], [-(2.0**30)]], np.float32)
+    _, pullback = relu_xp.bias_relu_vjp(da.ones((3, 1), chunks=1), da.zeros(1, dtype="float32"))
+    assert pullback(da.from_array(few, chunks=1))[1].compute() == 1
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_sums_that_are_not_finite_warn_of_nothing(chunks):
+    """One NaN stands for all, whichever chunk it comes from."""
+    dy = np.array([[np.inf, np.nan, -np.nan, np.inf], [-np.inf, 1, 1, 1]], np.float32)
+    x, bias = da.ones((2, 4), chunks=chunks), da.zeros(4, dtype="float32")
+    found = relu_xp.bias_relu_vjp(x, bias)[1](da.from_array(dy, chunks=chunks))[1].compute()
+    assert found.view(np.uint32).tolist() == [0x7FC00000] * 3 + [0x7F800000]
+    weight = da.zeros(4, dtype="float32")
+    found = relu_xp.prelu_vjp(-x, weight)[1](da.from_array(dy, chunks=chunks))[1].compute()
+    assert found.view(np.uint32).tolist() == [0x7FC00000] * 3 + [0xFF800000]
+
+
+def test_bias_relu_of_chunks_of_unknown_sizes():
+    """Along another axis than the bias's; along it the sizes must be known."""
+    lazy = da.from_array(HOST, chunks=(2, 5))
+    x, its_host = lazy[lazy[:, 0] > 0], HOST[HOST[:, 0] > 0]
+    added = np.linspace(-1, 1, 10, dtype=np.float32)
+    y, pullback = relu_xp.bias_relu_vjp(x, da.from_array(added, chunks=4))
+    dx, bias_grad = pullback(x)
+    its_y, its_pullback = relu_xp.bias_relu_vjp(its_host, added)
+    np.testing.assert_array_equal(y.compute(), its_y)
+    np.testing.assert_array_equal(dx.compute(), its_pullback(its_host)[0])
+    np.testing.assert_allclose(bias_grad.compute(), its_pullback(its_host)[1], rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown number of channels along axis 0; call x.compute"):
+        relu_xp.bias_relu(x, da.ones(3), axis=0)
+    short = da.ones((4, 6), chunks=3).map_blocks(lambda block: block[:, :1], dtype=float)
+    for call in (relu_xp.bias_relu, lambda x, bias: relu_xp.bias_relu_vjp(x, bias)[0]):
+        with pytest.raises(
+            ValueError, match=r"bias has shape \(3,\), the one of x \(., 1\), along"
+        ):
+            call(short, da.ones(6)).compute()
+
+
+def test_nothing_of_a_bias_is_computed():
+    """The kind of each result is known; between the passes only masks are held."""
+    from dask.callbacks import Callback
+
+    def never(block):
+        raise AssertionError("computed")
+
+    meta = np.empty((0, 0), np.float32)
+    x = da.ones((4, 4), chunks=2, dtype="float32").map_blocks(never, meta=meta)
+    y, pullback = relu_xp.bias_relu_vjp(x, x[0])
+    dx, bias_grad = pullback(x.astype("float64"))
+    assert [z.dtype for z in (y, dx, bias_grad)] == [np.float32, np.float64, np.float32]
+    with pytest.raises(AssertionError, match="computed"):
+        bias_grad.compute()
+    x = da.ones((64, 1000), chunks=(4, 1000), dtype="float32")
+    y, pullback = relu_xp.bias_relu_vjp(x, da.zeros(1000, dtype="float32"))
+    dx, bias_grad = pullback(da.broadcast_to(y.max(), x.shape, chunks=x.chunks))
+    held = []
+
+    def after(key, result, dsk, state, worker):
+        held.append(sum(map(sizeof, state["cache"].values())))
+
+    with Callback(posttask=after):
+        total = (dx.sum() + bias_grad.sum()).compute(scheduler="synchronous")
+    assert total == 128_000
+    assert max(held) < 5 * 16_000 + 16 * 8_000, "more than some chunks, all masks and all sums"
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("f2", "f4"), ("f4", "f4"), ("f8", "f8")])

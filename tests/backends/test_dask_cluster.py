@@ -55,16 +55,22 @@ def test_a_worker_computes_the_backward_pass(cluster):
     """Pullbacks of NumPy arrays travel there and back; what is lazy may be given too."""
     x = np.random.default_rng(2).standard_normal((60, 50)).astype(np.float32)
     weight = np.linspace(-1, 1, 50, dtype=np.float32)
-    for name, *operands in (("relu", x), ("prelu", x, weight), ("crelu", x), ("squared_relu", x)):
+    calls = [("relu", x), ("prelu", x, weight), ("bias_relu", x, weight)]
+    for name, *operands in (*calls, ("crelu", x), ("squared_relu", x)):
         y, pullback = getattr(relu_xp, f"{name}_vjp")(*operands)
-        dx = cluster.submit(pullback, y).result()
-        both = zip(dx, pullback(y), strict=True) if name == "prelu" else [(dx, pullback(y))]
-        for found, wanted in both:
-            np.testing.assert_array_equal(found, wanted)
+        found, wanted = cluster.submit(pullback, y).result(), pullback(y)
+        for one, other in zip(found, wanted, strict=True):  # of gradients, or of rows
+            np.testing.assert_array_equal(one, other)
     lazy = da.from_array(x, chunks=(16, 25))
     y, pullback = relu_xp.relu_vjp(lazy)
     dx = cluster.submit(lambda p, dy: p(dy).compute(), pullback, y, priority=1).result()
     np.testing.assert_array_equal(dx, relu_xp.relu_backward(relu_xp.relu(x), x))
+    y, pullback = relu_xp.bias_relu_vjp(lazy, da.from_array(weight, chunks=50))
+    found = [future.result() for future in cluster.compute(pullback(y))]
+    its_y, its_pullback = relu_xp.bias_relu_vjp(x, weight)
+    dx, bias_grad = its_pullback(its_y)
+    np.testing.assert_array_equal(found[0], dx)
+    np.testing.assert_allclose(found[1], bias_grad, rtol=1e-6)
 
 
 def test_four_gigabytes_through_two_workers_of_one():

@@ -74,10 +74,12 @@ def test_a_pullback_is_a_pytree(row):
 
 
 def test_pullbacks_of_other_rules_have_other_structures():
-    x = jnp.ones((2, 3))
+    x, square = jnp.ones((2, 3)), jnp.ones((3, 3))
     pullbacks = [relu_xp.relu_vjp(x), relu_xp.relu_vjp(x, negative_slope=0.5)]
     pullbacks += [relu_xp.crelu_vjp(x), relu_xp.crelu_vjp(x, axis=0), relu_xp.squared_relu_vjp(x)]
     pullbacks += [relu_xp.prelu_vjp(x, jnp.ones(shape)) for shape in ((), (1,), (3,), (2, 3))]
+    pullbacks += [relu_xp.bias_relu_vjp(square, x[0], axis=axis) for axis in (0, 1)]
+    pullbacks += [relu_xp.bias_relu_vjp(square, x[0].astype("float16"))]
     pullbacks = [pullback for _, pullback in pullbacks]
     assert len(set(map(jax.tree_util.tree_structure, pullbacks))) == len(pullbacks)
 
@@ -101,6 +103,56 @@ def test_a_loop_carries_a_pullback():
 
 
 @each_preset
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_sum_is_rounded_within_a_compiled_function(dtype, params):
+    """XLA could compute in float32: threshold, ceiling and slopes would then see another number."""
+    rng = np.random.default_rng(5)
+    x, dy = (jnp.asarray(3 * rng.standard_normal((64, 500)), dtype) for _ in range(2))
+    bias = jnp.asarray(rng.standard_normal(500), dtype)
+
+    def both(x, bias, dy):
+        y, pullback = relu_xp.bias_relu_vjp(x, bias, **params)
+        return y, *pullback(dy)
+
+    def by_grad(x, bias, dy):
+        y, vjp = jax.vjp(lambda *inputs: relu_xp.bias_relu(*inputs, **params), x, bias)
+        return y, *vjp(dy)
+
+    y, pullback = relu_xp.relu_vjp(x + bias, **params)  # of an array that JAX has rounded
+    dx = pullback(dy)
+    exact = np.asarray(dx).astype(np.float64).sum(0)
+    for function in (both, by_grad):
+        its_y, its_dx, _ = jax.jit(function)(x, bias, dy)
+        np.testing.assert_array_equal(its_y, y)
+        np.testing.assert_array_equal(its_dx, dx)
+    rows = jax.vmap(jax.jit(both), (0, None, 0))(x[:, None], bias, dy[:, None])
+    np.testing.assert_array_equal(rows[0][:, 0], y)
+    found = jax.jit(both)(x, bias, dy)[2]
+    assert found.dtype == bias.dtype
+    half = float(jnp.finfo(dtype).eps) / 2  # and float32's errors, where JAX has no float64
+    np.testing.assert_allclose(np.asarray(found).astype(np.float64), exact, half, 1e-5)
+
+
+def test_a_loop_carries_a_pullback_of_a_bias():
+    """Its rule compares by axis and dtype."""
+
+    def step(pullback, x):
+        y, following = relu_xp.bias_relu_vjp(x, bias, axis=0)
+        return following, pullback(y)
+
+    rng = np.random.default_rng(0)
+    xs, bias = (jnp.asarray(rng.standard_normal(n), "float32") for n in ((5, 3, 4), 3))
+    _, pullback = relu_xp.bias_relu_vjp(xs[0], bias, axis=0)
+    last, (dxs, bias_grads) = jax.lax.scan(step, pullback, xs[1:])
+    ys = relu_xp.bias_relu(xs, bias, axis=1)
+    for i in range(4):
+        dx, bias_grad = relu_xp.bias_relu_vjp(xs[i], bias, axis=0)[1](ys[i + 1])
+        np.testing.assert_array_equal(dxs[i], dx)
+        np.testing.assert_allclose(bias_grads[i], bias_grad, rtol=1e-6)
+    np.testing.assert_array_equal(last(xs[0])[0], jnp.where(xs[4] + bias[:, None] > 0, xs[0], 0))
+
+
+@each_preset
 def test_the_gradient_is_that_of_the_numpy_backend(params):
     """Also at infinities; dead units have +0, whatever comes back."""
     host = np.array([-np.inf, -2.0, -0.0, 0.0, 1.0, 3.0, np.inf], np.float32)
@@ -121,7 +173,13 @@ def test_the_gradient_is_that_of_the_numpy_backend(params):
 
 @pytest.mark.parametrize(
     ("name", "weight"),
-    [("prelu", [0.25]), ("prelu", [0.0]), ("crelu", None), ("squared_relu", None)],
+    [
+        ("prelu", [0.25]),
+        ("prelu", [0.0]),
+        ("bias_relu", [0.5, 0.75, -1.0, -2.0, 0.0]),
+        ("crelu", None),
+        ("squared_relu", None),
+    ],
     ids=str,
 )
 def test_other_activations_have_the_gradients_of_the_numpy_backend(name, weight):
@@ -167,7 +225,11 @@ def test_a_new_slope_compiles_nothing(monkeypatch):
     base = Counted()
     monkeypatch.setattr(module, "_base", base)
     x = jnp.ones((2, 3), "float32")
-    for function in (relu_xp.relu_vjp, lambda x, **params: relu_xp.relu_backward(x, x, **params)):
+    for function in (
+        relu_xp.relu_vjp,
+        lambda x, **params: relu_xp.relu_backward(x, x, **params),
+        lambda x, **params: relu_xp.bias_relu_vjp(x, x[0], **params)[1](x),
+    ):
         base.traces = 0
         for number in range(2, 12):
             function(x, negative_slope=1 / number, threshold=1 / number, max_value=number)
@@ -185,6 +247,9 @@ def test_float64_may_be_absent_or_present():
         np.testing.assert_array_equal(y, relu_xp.relu(host, **params))
         expected = relu_xp.prelu_vjp(host, weight)[1](host)[1]
         np.testing.assert_allclose(weight_grad, expected, rtol=1e-6)
+        bias_grad = relu_xp.bias_relu_vjp(x, x[0])[1](x)[1]
+        assert bias_grad.dtype == "float32"
+        np.testing.assert_array_equal(bias_grad, np.maximum(host[0], 0))
     with jax.enable_x64(True):
         x = jnp.asarray([2**62, -1], "int64")
         assert relu_xp.clipped_relu(x, 2**61).tolist() == [2**61, 0]

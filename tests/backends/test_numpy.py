@@ -122,6 +122,31 @@ def test_of_two_nan_a_product_is_the_first(xp):
     assert dweight.view(np.uint32).tolist() == [0x7FC00000]
 
 
+def test_of_two_nan_a_sum_has_that_of_x(xp, dtype):
+    """Quiet, as a product leaves it: in bfloat16 without a payload. In dbias one stands for all."""
+    form = reference.Format(dtype)
+    quiet = 1 << (form.fraction - 1)
+    payloads = [form.infinity | bits for bits in (1, quiet, quiet | 3, 5)]
+    nan = np.array([bits | sign for sign in (0, form.sign) for bits in payloads], form.unsigned)
+    numbers = np.array([0.0, -2.0, np.inf, -np.inf], form.dtype).view(form.unsigned)
+    bias = np.concatenate([nan, numbers])
+    for axis in (0, 1):
+        x, added = np.meshgrid(bias, bias, indexing="ij" if axis else "xy")
+        is_nan = reference.is_nan(form, x) | reference.is_nan(form, added)
+        first = np.where(reference.is_nan(form, x), x, added) | form.unsigned.type(quiet)
+        if dtype == "bfloat16":
+            first &= form.unsigned.type(form.sign | form.infinity | quiet)
+        arrays = x.view(form.dtype), bias.view(form.dtype)
+        with np.errstate(all="raise"):
+            y, pullback = relu_xp.bias_relu_vjp(*arrays, axis=axis)
+            once = relu_xp.bias_relu(*arrays, axis=axis)
+            _, total = pullback(arrays[0])
+        for result in (y, once):
+            assert (result.view(form.unsigned)[is_nan] == first[is_nan]).all()
+        found = total.view(form.unsigned)
+        assert set(found[np.isnan(total)].tolist()) == {form.infinity | quiet}
+
+
 def test_the_gradient_of_squared_relu_is_rounded_twice(xp):
     """To float32, then to float16; rounded from float64 some would differ."""
     rng = np.random.default_rng(12)

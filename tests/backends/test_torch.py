@@ -90,8 +90,8 @@ def test_derivatives_agree_with_differences(place, params):
 def test_derivatives_of_the_other_activations_agree_with_differences(place):
     x = torch.tensor([[-3.0, -0.4, 0.2, 0.6]], dtype=torch.float64, requires_grad=True)
     weight = torch.tensor([0.25, 0.0, 2.0, -1.0], dtype=torch.float64, requires_grad=True)
-    for f in (relu_xp.prelu, relu_xp.crelu, relu_xp.squared_relu, relu_xp.rrelu):
-        inputs = (x, weight) if f is relu_xp.prelu else (x,)
+    for f in (relu_xp.prelu, relu_xp.bias_relu, relu_xp.crelu, relu_xp.squared_relu, relu_xp.rrelu):
+        inputs = (x, weight) if f in (relu_xp.prelu, relu_xp.bias_relu) else (x,)
         assert torch.autograd.gradcheck(f, inputs)
         assert torch.autograd.gradgradcheck(f, inputs)
 
@@ -111,6 +111,69 @@ def test_autograd_of_prelu_is_its_pullback(place, slope):
     weight = torch.zeros(1, requires_grad=True)
     relu_xp.prelu(torch.tensor([-math.inf, -2.0]), weight, axis=0).sum().backward()
     assert weight.grad.tolist() == [-2]  # +0 stands for what is not finite
+
+
+@pytest.mark.parametrize("dtype", LIBRARY.dtypes)
+@pytest.mark.parametrize("name", ["relu", "leaky", "everything"])
+def test_autograd_of_bias_relu_is_its_pullback(place, dtype, name):
+    """Also where x or the bias alone is tracked, and for a bias of another dtype."""
+    params = PRESETS[name]
+    kind = getattr(torch, dtype)
+    x, dy = (torch.linspace(-3, end, 40).reshape(4, 5, 2).to(kind) for end in (5, 2))
+    bias = torch.tensor([0.5, -0.25, 1.0, 2.0, -3.0], dtype=torch.float64)
+    y, pullback = relu_xp.bias_relu_vjp(x, bias, axis=1, **params)
+    dx, bias_grad = pullback(dy)
+    for f in (relu_xp.bias_relu, lambda *args, **params: relu_xp.bias_relu_vjp(*args, **params)[0]):
+        for tracked in ((True, True), (True, False), (False, True)):
+            inputs = [
+                one.clone().requires_grad_(t) for one, t in zip((x, bias), tracked, strict=True)
+            ]
+            result = f(*inputs, axis=1, **params)
+            result.backward(dy)
+            assert torch.equal(result.detach(), y)
+            assert inputs[0].grad is None or torch.equal(inputs[0].grad, dx)
+            if inputs[1].grad is not None:  # which autograd sums in the dtype of x
+                epsilon = torch.finfo(kind).eps
+                np.testing.assert_allclose(inputs[1].grad, bias_grad, 8 * epsilon, 32 * epsilon)
+
+
+def test_gradients_of_bias_relu_hold_no_graph(place):
+    """But that of x, if dy has one, as the pullback of relu."""
+    x, dy = torch.tensor([[-1.0, 2.0]]), torch.ones(1, 2, requires_grad=True)
+    y, pullback = relu_xp.bias_relu_vjp(x, torch.zeros(2, requires_grad=True))
+    dx, bias_grad = pullback(dy)
+    assert (y.requires_grad, dx.requires_grad, bias_grad.requires_grad) == (True, True, False)
+    assert not any(gradient.requires_grad for gradient in pullback(dy.detach()))
+
+
+def test_bias_relu_writes_an_out_in_memory(place):
+    """Autograd learns of it; x and dy may be the out; a leaf that requires a gradient may not."""
+    x, bias = torch.tensor([[-1.0, 2.0], [3.0, -4.0]]), torch.tensor([0.5, 1.0])
+    leaf = torch.zeros(2, 2, requires_grad=True)
+    product = leaf * x  # keeps x
+    assert relu_xp.bias_relu(x, bias, out=x) is x
+    assert x.tolist() == [[0, 3], [3.5, 0]]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    _, pullback = relu_xp.bias_relu_vjp(x, bias)
+    dy = torch.ones(2, 2)
+    dx, bias_grad = pullback(dy, out=dy)
+    assert dx is dy
+    assert (dy.tolist(), bias_grad.tolist()) == ([[1, 1], [1, 1]], [2, 2])
+    with pytest.raises(ValueError, match="is a leaf that"):
+        relu_xp.bias_relu(leaf, bias, out=leaf)
+    with pytest.raises(ValueError, match="out overlaps an input without being the same"):
+        relu_xp.bias_relu(torch.ones(1, 2), bias, out=bias[None])
+
+
+def test_the_gradient_of_a_bias_is_rounded_once():
+    """By NumPy: PyTorch rounds float64 to 16 bits by way of float32. One NaN stands for all."""
+    terms = torch.tensor([1.0, 2.0**-11, 2.0**-40], dtype=torch.float64)[:, None]
+    _, pullback = relu_xp.bias_relu_vjp(torch.ones(3, 1), torch.zeros(1, dtype=torch.float16))
+    assert pullback(terms)[1].item() == 1 + 2.0**-10
+    _, pullback = relu_xp.bias_relu_vjp(torch.ones(2, 3), torch.zeros(3))
+    infinite = torch.tensor([[math.inf, math.nan, -math.nan], [-math.inf, 1, 1]])
+    assert pullback(infinite)[1].view(torch.int32).tolist() == [0x7FC00000] * 3
 
 
 @pytest.mark.parametrize("params", [{}, {"negative_slope": 0.5}, {"max_value": 1.0}], ids=str)
@@ -288,13 +351,48 @@ def test_torch_func_and_forward_mode(params):
             assert torch.equal(derivative(forward_ad.make_dual(x, torch.ones(8))), g)
 
 
+@pytest.mark.parametrize("name", ["relu", "leaky", "everything"])
+def test_torch_func_of_bias_relu(name):
+    """By x and by the bias, and through a pullback."""
+    params = PRESETS[name]
+    xs, bias = torch.linspace(-3, 4, 24).reshape(2, 3, 4), torch.tensor([0.5, -1.0, 0.0, 2.0])
+
+    def f(x, bias):
+        return relu_xp.bias_relu(x, bias, **params)
+
+    def gradients(x, bias, dy):
+        return relu_xp.bias_relu_vjp(x, bias, **params)[1](dy)
+
+    rows = xs[0]
+    total, g = xs + bias, relu_xp.relu_grad(xs + bias, **params)
+    y = relu_xp.relu(total, **params)
+    assert torch.equal(torch.func.vmap(f, (0, None))(xs, bias), y)
+    assert torch.equal(torch.func.vmap(f, (None, 0))(rows, rows)[1], f(rows, rows[1]))
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        found = jacobian(f, argnums=1)(rows, bias)
+        assert torch.equal(found, torch.diag_embed(g[0]))
+    for x, back, slopes in zip(xs, xs.flip(0), g, strict=True):
+        dx, bias_grad = torch.func.vjp(f, x, bias)[1](back)
+        assert torch.equal(dx, slopes * back + 0.0)
+        torch.testing.assert_close(bias_grad, gradients(x, bias, back)[1])
+    mapped = torch.func.vmap(gradients, (0, None, 0))(xs, bias, xs)
+    for index, x in enumerate(xs):
+        for one, other in zip(mapped, gradients(x, bias, x), strict=True):
+            torch.testing.assert_close(one[index], other)
+    by_dy = torch.func.jacrev(gradients, argnums=2)(rows, bias, rows)[1]
+    torch.testing.assert_close(by_dy, torch.diag_embed(g[0]).transpose(0, 1))
+    assert not torch.func.hessian(lambda bias: f(rows, bias).sum())(bias).any()
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # a shape is a constant
 def test_what_is_recorded_runs_again_on_other_values():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def f(x):
         y, pullback = relu_xp.relu_vjp(x, negative_slope=0.5, max_value=2.0)
-        return y + pullback(x) + relu_xp.leaky_relu(x) + relu_xp.squared_relu(x)
+        biased, its_pullback = relu_xp.bias_relu_vjp(x, x, negative_slope=0.5)
+        y = y + pullback(x) + biased + sum(its_pullback(x))
+        return y + relu_xp.leaky_relu(x) + relu_xp.squared_relu(x) + relu_xp.bias_relu(x, x)
 
     x, other = torch.linspace(-4, 4, 9), torch.linspace(5, -5, 9)
     expected = f(other)
@@ -315,7 +413,8 @@ def test_a_compiled_function_is_one_graph_after_a_first_call(name):
         results = [y, pullback(dy), layer.forward(x), layer.backward(dy)]
         results += [relu_xp.relu_backward(dy, x, **params), relu_xp.relu_grad(x, **params)]
         results += [relu_xp.relu(x, **params, out=torch.empty_like(x)), relu_xp.crelu(x, axis=0)]
-        return [*results, relu_xp.prelu(x, dy[:1], axis=0), relu_xp.squared_relu(x)]
+        results += [relu_xp.prelu(x, dy[:1], axis=0), relu_xp.bias_relu(x, dy, **params)]
+        return [*results, relu_xp.squared_relu(x)]
 
     torch.compiler.reset()
     dy, results = torch.linspace(2, 4, 33), []

@@ -54,6 +54,48 @@ def one_axis(self, dy, x, weight):
     return xp.broadcast_to(total, weight.shape)
 
 
+def add_after(self, params, x, bias, axis, out):
+    return self._add_bias(BASE.forward(params, x, None), bias, axis)
+
+
+def sum_in_float64(self, params, x, bias, axis, out):
+    total = self._add_bias(xp.astype(x, xp.float64), bias, axis)
+    return BASE.forward(params, xp.astype(total, x.dtype), out)
+
+
+def mask_of_x(self, params, x, bias, axis, out, mask):
+    return BASE.bias_relu(params, x, bias, axis, out), BASE.branch_codes(params, x)
+
+
+def sum_of_dy(self, params, dy, residuals, axis, dtype, out):
+    ones = xp.ones_like(residuals)
+    dx, _ = BASE.bias_relu_backward(params, dy, residuals, axis, dtype, out)
+    return dx, BASE.bias_relu_backward(params, dy, ones, axis, dtype, None)[1]
+
+
+def sum_in_float32(self, params, dy, residuals, axis, dtype, out):
+    dx = BASE.backward(params, dy, residuals, out)
+    others = tuple(other for other in range(dx.ndim) if other != axis)
+    total = xp.sum(xp.astype(dx, xp.float32), axis=others, dtype=xp.float32)
+    return dx, xp.astype(total, dtype)
+
+
+def other_axis(self, params, dy, residuals, axis, dtype, out):
+    return BASE.bias_relu_backward(params, dy, residuals, dy.ndim - 1 - axis, dtype, out)
+
+
+def keep_dtype(self, params, dy, residuals, axis, dtype, out):
+    return BASE.bias_relu_backward(params, dy, residuals, axis, dy.dtype, out)
+
+
+CALLS = itertools.count()
+
+
+def another_order(self, params, dy, residuals, axis, dtype, out):
+    dx, total = BASE.bias_relu_backward(params, dy, residuals, axis, xp.float64, out)
+    return dx, xp.astype(total * (1 + 2.0**-23 * (next(CALLS) % 2)), dtype)
+
+
 def keep_function(self, params, x, out, mask):
     y, codes = BASE.forward_with_mask(params, x, out, mask)
     return y, lambda: codes
@@ -69,6 +111,7 @@ def fault(test, **methods):
 
 
 RELU, KEPT = "relu_obeys_the_table", "inputs_are_neither_written_nor_kept"
+BIAS, DBIAS = "bias_relu_obeys_the_table", "bias_gradient_is_the_sum_along_the_other_axes"
 FAULTS = {
     "parameters": fault(RELU, forward=lambda self, p, x, out: xp.where(x <= 0, 0, x)),
     "F2": fault(
@@ -100,6 +143,21 @@ FAULTS = {
     ),
     "CReLU, sign": fault("crelu_obeys_the_table", crelu_backward=add_halves),
     "squared ReLU": fault("squared_relu_obeys_the_table", squared_relu_backward=forget_factor),
+    "bias, added after": fault(BIAS, bias_relu=add_after),
+    "bias, not rounded first": fault(BIAS, bias_relu=sum_in_float64),
+    "bias, mask of x": fault(BIAS, bias_relu_with_mask=mask_of_x),
+    "bias, rows by hand": fault("rows_of_bias_relu_by_hand", bias_relu_with_mask=mask_of_x),
+    "bias, layouts": fault("bias_relu_of_every_layout", bias_relu_with_mask=mask_of_x),
+    "dbias, of dy": fault(DBIAS, bias_relu_backward=sum_of_dy),
+    "dbias, dead units": fault("bias_gradient_at_nan_and_infinity", bias_relu_backward=sum_of_dy),
+    "dbias, axis": fault("bias_relu_of_every_layout", bias_relu_backward=other_axis),
+    "dbias, dtype": fault(DBIAS, bias_relu_backward=keep_dtype),
+    "dbias, in float32": fault(
+        "bias_gradient_is_summed_in_float64", bias_relu_backward=sum_in_float32
+    ),
+    "dbias, order": fault(
+        "bias_gradient_has_the_same_bits_again", bias_relu_backward=another_order
+    ),
     "RReLU": fault(
         "rrelu_obeys_the_table",
         random_uniform=lambda self, rng, low, up, x: BASE.random_uniform(rng, low, up + 1, x),
