@@ -66,6 +66,9 @@ struct Float32 : Format<std::uint32_t, std::int32_t, 32, 8> {
   static Word multiply(Word a, Word b) {
     return bit_cast<Word>(bit_cast<float>(a) * bit_cast<float>(b));
   }
+  static Word add(Word a, Word b) {
+    return bit_cast<Word>(bit_cast<float>(a) + bit_cast<float>(b));
+  }
 };
 
 struct Float64 : Format<std::uint64_t, std::int64_t, 64, 11> {
@@ -74,9 +77,13 @@ struct Float64 : Format<std::uint64_t, std::int64_t, 64, 11> {
   static Word multiply(Word a, Word b) {
     return bit_cast<Word>(bit_cast<double>(a) * bit_cast<double>(b));
   }
+  static Word add(Word a, Word b) {
+    return bit_cast<Word>(bit_cast<double>(a) + bit_cast<double>(b));
+  }
 };
 
-// 16-bit numbers are multiplied in float32, where their products are exact, a block at a time.
+// 16-bit numbers are multiplied in float32, where their products are exact, and added there, where
+// a sum is exact or has more than twice their precision: a block at a time.
 struct BFloat16 : Format<std::uint16_t, std::int16_t, 16, 8, false> {
   using Wide = float;
 };
@@ -520,6 +527,103 @@ inline const WordOf<F>* input(const Block& block, int which, std::size_t start) 
   return at;
 }
 
+// ---- A bias -------------------------------------------------------------------------------------
+
+// Writes x + bias, rounded once, for a block.
+template <class F>
+RELU_XP_ALWAYS_INLINE void add(const WordOf<F>* x, const WordOf<F>* bias, WordOf<F>* result,
+                               std::size_t n) {
+  if constexpr (is_16_bit<F>) {
+    float wide[kLanes<F>], wide_bias[kLanes<F>];
+    WordOf<F> rounded[kLanes<F>];
+    widen(x, wide, n, F());
+    widen(bias, wide_bias, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) wide[i] += wide_bias[i];
+    narrow(wide, rounded, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) result[i] = keep_nan<F>(x[i], rounded[i]);
+  } else {
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) result[i] = sum<F>(x[i], bias[i]);
+  }
+}
+
+// The input of an activation, in blocks one after the other: x, or x + bias.
+template <class F>
+class Input {
+ public:
+  using Word = WordOf<F>;
+
+  explicit Input(const Block& block) : block_(block), bias_(block.bias) {
+    if (bias_.data == nullptr) return;
+    channel_ = block.first / bias_.run % bias_.channels;
+    at_ = block.first % bias_.run;
+    if (repeats()) {  // often enough that any block has its bias in one piece
+      for (std::size_t i = 0; i < bias_.channels + kLanes<F>; ++i) {
+        repeated_[i] = data()[i % bias_.channels];
+      }
+    }
+  }
+
+  RELU_XP_ALWAYS_INLINE const Word* next(std::size_t start, std::size_t n) {
+    const Word* x = input<F>(block_, 0, start);
+    if (bias_.data == nullptr) return x;
+    add<F>(x, next_bias(n), sum_, n);
+    return sum_;
+  }
+
+ private:
+  bool repeats() const { return bias_.run == 1 && bias_.channels < kLanes<F>; }
+  const Word* data() const { return reinterpret_cast<const Word*>(bias_.data); }
+
+  const Word* next_bias(std::size_t n) {
+    const std::size_t channel = channel_;
+    if (repeats()) {
+      channel_ = (channel + n) % bias_.channels;
+      return repeated_ + channel;
+    }
+    if (bias_.run == 1 && channel + n <= bias_.channels) {
+      channel_ = channel + n == bias_.channels ? 0 : channel + n;
+      return data() + channel;
+    }
+    for (std::size_t i = 0; i < n;) {
+      const std::size_t count = smaller(n - i, bias_.run - at_);
+      const Word word = data()[channel_];
+      for (std::size_t k = i; k < i + count; ++k) repeated_[k] = word;
+      i += count;
+      at_ += count;
+      if (at_ == bias_.run) {
+        at_ = 0;
+        channel_ = channel_ + 1 == bias_.channels ? 0 : channel_ + 1;
+      }
+    }
+    return repeated_;
+  }
+
+  const Block& block_;
+  const Bias bias_;
+  std::size_t channel_ = 0, at_ = 0;  // of the next element: its channel, its place in the run
+  Word repeated_[2 * kLanes<F>];
+  Word sum_[kLanes<F>];
+};
+
+// Adds the elements of a block, in double precision, to the sums of a backward pass.
+template <class F>
+RELU_XP_ALWAYS_INLINE void add_to_sums(const Block& block, const WordOf<F>* dx, std::size_t start,
+                                       std::size_t n) {
+  typename F::Wide wide[kLanes<F>];
+  widen(dx, wide, n, F());
+  std::size_t at = start % block.num_sums;
+  for (std::size_t i = 0; i < n;) {
+    const std::size_t count = smaller(n - i, block.num_sums - at);
+    RELU_XP_INDEPENDENT
+    for (std::size_t k = 0; k < count; ++k) block.sums[at + k] += wide[i + k];
+    i += count;
+    at = 0;
+  }
+}
+
 // ---- The function with four parameters ----------------------------------------------------------
 
 // One activation in one format, and the products of a block.
@@ -617,36 +721,37 @@ template <class F, Variant variant>
 void forward(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
   // Without products all elements can be one block (100,000 float32 with SSE: 9 us, else 14).
-  if (!activation.has_a && !block.stream && block.prefetch == 0) {
+  if (!activation.has_a && !block.stream && block.prefetch == 0 && block.bias.data == nullptr) {
     auto* y = reinterpret_cast<WordOf<F>*>(block.out);
     return activation.forward(input<F>(block, 0, 0), y, block.count);
   }
+  Input<F> x(block);
   for_each_block<WordOf<F>>(
-      block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-        activation.forward(input<F>(block, 0, start), y, n);
-      });
+      block, [&](std::size_t start, std::size_t n, auto* y)
+                 __attribute__((always_inline)) { activation.forward(x.next(start, n), y, n); });
 }
 
 template <class F, Variant variant>
 void forward_bits(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
+  Input<F> x(block);
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-        const WordOf<F>* x = input<F>(block, 0, start);
         Branches<F> branches;
-        activation.forward(x, y, branches.words, n);
-        pack<F>(branches, block.mask, start, n);
+        activation.forward(x.next(start, n), y, branches.words, n);
+        pack<F>(branches, block.mask, block.first + start, n);
       });
 }
 
 template <class F, Variant variant>
 void branches(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
+  Input<F> x(block);
   for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
     const std::size_t n = smaller(kLanes<F>, block.count - start);
     WordOf<F> words[kLanes<F>];
-    activation.branches(input<F>(block, 0, start), words, n);
-    to_bytes(words, block.mask + start, n);
+    activation.branches(x.next(start, n), words, n);
+    to_bytes(words, block.mask + block.first + start, n);
   }
 }
 
@@ -657,11 +762,12 @@ void backward(const Params& params, const Block& block) {
       block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
         Branches<F> branches;
         if constexpr (bits) {
-          unpack<F>(block.mask, start, branches, n);
+          unpack<F>(block.mask, block.first + start, branches, n);
         } else {
-          from_bytes(block.mask + start, branches.words, n);
+          from_bytes(block.mask + block.first + start, branches.words, n);
         }
         activation.backward(branches.words, input<F>(block, 0, start), dx, n);
+        if (block.sums != nullptr) add_to_sums<F>(block, dx, start, n);
       });
 }
 
@@ -687,7 +793,7 @@ void prelu(const Params& /*params*/, const Block& block) {
         const Word* slope = input<F>(block, 1, start);
         const Word* x = from_mask ? nullptr : input<F>(block, 2, start);
         Word low[kLanes<F>], branches[kLanes<F>];
-        if constexpr (from_mask) from_bytes(block.mask + start, branches, n);
+        if constexpr (from_mask) from_bytes(block.mask + block.first + start, branches, n);
         if constexpr (is_16_bit<F>) multiply(slope, value, low, n, F());
         RELU_XP_INDEPENDENT
         for (std::size_t i = 0; i < n; ++i) {
