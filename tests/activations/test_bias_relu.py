@@ -161,6 +161,20 @@ def test_nan_and_infinity_are_silent(xp, dtype):
     np.testing.assert_array_equal(dbias, [inf, 0, nan, nan])
 
 
+@pytest.mark.libraries(names=["numpy", "compiled", "compiled_streaming", "cupy_host", "cupy"])
+def test_a_nan_keeps_its_payload(xp, dtype):
+    """Of x, else of the bias; quiet in either case."""
+    if dtype == "bfloat16":  # whose arithmetic in NumPy has one NaN
+        return
+    form = reference.Format(dtype)
+    quiet, one = 1 << (form.fraction - 1), form.round(1.0)
+    of_x, of_bias = form.sign | form.infinity | 3, form.infinity | quiet | 5  # the first signals
+    x = np.array([[of_x, one, of_x]] * 40, form.unsigned).view(form.dtype)
+    bias = np.array([of_bias, of_bias, one], form.unsigned).view(form.dtype)
+    y = xp.numpy(relu_xp.bias_relu(xp.array(x), xp.array(bias)))
+    assert (y.view(form.unsigned) == [of_x | quiet, of_bias, of_x | quiet]).all()
+
+
 # ---- The bias's gradient ------------------------------------------------------------------------
 
 
