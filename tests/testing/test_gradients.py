@@ -153,6 +153,19 @@ def test_a_bias_passes(xp, dtype, options):
             assert xp.numpy(b).tolist() == bias.tolist()
 
 
+def test_a_bias_passes_where_numbers_are_rounded():
+    """The bias, the sum and the terms of the bias's gradient, each of which moves a kink."""
+    bias = np.array([0.7])
+    rounded = bias.astype(np.float32)
+    assert bias > rounded
+    check_gradient(relu_xp.bias_relu, -rounded, bias)
+    x, bias = np.array([0.01], np.float16), np.array([100.0], np.float32)
+    assert x + bias.astype(np.float16) == 100
+    check_gradient(relu_xp.bias_relu, x, bias, threshold=100.0)
+    x, dy = np.zeros((2, 1), np.float16), np.array([[1000], [-999]], np.float16)
+    check_gradient(relu_xp.bias_relu, x, np.zeros(1, np.float16), dy=dy, negative_slope=0.1)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
