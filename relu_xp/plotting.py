@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from relu_xp import CReLU, PReLU, ReLU, RReLU
+from relu_xp import BiasReLU, CReLU, PReLU, ReLU, RReLU
 from relu_xp.arrays import to_numpy
 from relu_xp.parameters import RELU
 
@@ -41,7 +41,7 @@ def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) ->
     ----------
     layer : layer
         Any of this package; it does not change. Of PReLU each channel is drawn, of RReLU
-        evaluation.
+        evaluation, and BiasReLU over the sum of x and its bias.
     ax : matplotlib.axes.Axes, optional
         Where to draw; by default on a new figure, which pyplot does not know.
     curves : {"both", "forward", "gradient"}, optional
@@ -78,7 +78,7 @@ def plot(layer: Layer, ax: Any = None, *, curves: str = "both", xp: Any = np) ->
             text = texts[k].format(label) if k < len(texts) else None
             _draw(ax, x, y, text, 1.0 if k else 1.8, **_STYLES[label])
     _simplify(ax)
-    ax.set(xlabel="x", ylabel=", ".join(labels))
+    ax.set(xlabel="x + bias" if isinstance(layer, BiasReLU) else "x", ylabel=", ".join(labels))
     ax.set_title(repr(layer), pad=18)
     if len(labels) + len(texts) > 2:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
@@ -167,6 +167,8 @@ def _compute(layer: Any, label: str, x: Any, xp: Any) -> list[Any]:
         return [_compute(one, label, x, xp)[0] for one in layers]
     if isinstance(layer, RReLU):  # in evaluation, but with a gradient
         layer = ReLU(negative_slope=layer.activation.negative_slope)
+    elif isinstance(layer, BiasReLU):
+        layer = ReLU(**layer.activation._asdict())
     elif isinstance(layer, CReLU):
         layer = CReLU()  # along axis 1
     else:

@@ -231,9 +231,13 @@ def _check_writable(
 
 
 def check_mask(
-    function: str, mask: Any, x: Any, out: Any, params: CastParameters, backend: Backend
+    function: str, mask: Any, arrays: Sequence[Any], params: CastParameters, backend: Backend
 ) -> None:
-    """Refuse a `mask` that cannot store the branches of `x`."""
+    """Refuse a `mask` that cannot store the branches of x, the first of some arrays.
+
+    It must not overlap any of them; they may be None.
+    """
+    x = arrays[0]
     device, nbytes = backend.device(x), backend.mask_nbytes(params, x)
     if nbytes is None:
         raise TypeError(
@@ -251,7 +255,8 @@ def check_mask(
         )
     if mask.size < nbytes:
         raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")
-    _check_writable(function, "mask", mask, (x,) if out is None else (x, out), backend)
+    others = [array for array in arrays if array is not None]
+    _check_writable(function, "mask", mask, others, backend)
 
 
 def as_integer(name: str, value: Any) -> int:

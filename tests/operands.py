@@ -59,6 +59,11 @@ CALLS = {
     "prelu": lambda x, weight, out: relu_xp.prelu(x, weight, axis=-1, out=out),
     "prelu_vjp": lambda x, weight, out: relu_xp.prelu_vjp(x, weight, axis=-1, out=out)[0],
     "prelu pullback": lambda dy, out: pullback("prelu", WEIGHT, axis=-1)(dy, out=out)[0],
+    "bias_relu": lambda x, bias, out: relu_xp.bias_relu(x, bias, out=out),
+    "bias_relu_vjp": lambda x, bias, out, mask: relu_xp.bias_relu_vjp(x, bias, out=out, mask=mask)[
+        0
+    ],
+    "bias_relu pullback": lambda dy, out: pullback("bias_relu", WEIGHT)(dy, out=out)[0],
     "rrelu": lambda x, out: relu_xp.rrelu(x, rng=halves, out=out),
     "rrelu, mean": lambda x, out: relu_xp.rrelu(x, out=out),
     "rrelu_vjp": lambda x, out: relu_xp.rrelu_vjp(x, rng=halves, out=out)[0],
@@ -72,6 +77,8 @@ CALLS = {
     "ReLU": lambda x, out, mask: relu_xp.ReLU().forward(x, out=out, mask=mask),
     "ReLU, evaluation": lambda x, out: relu_xp.ReLU().forward(x, training=False, out=out),
     "ReLU backward": lambda dy, out: after(relu_xp.ReLU()).backward(dy, out=out),
+    "BiasReLU": lambda x, out, mask: relu_xp.BiasReLU(6).forward(x, out=out, mask=mask),
+    "BiasReLU backward": lambda dy, out: after(relu_xp.BiasReLU(6)).backward(dy, out=out),
     "PReLU": lambda x, out: relu_xp.PReLU()(x, out=out),
     "PReLU backward": lambda dy, out: after(relu_xp.PReLU()).backward(dy, out=out),
     "RReLU": lambda x, out: relu_xp.RReLU(rng=halves)(x, out=out),
@@ -97,7 +104,7 @@ def operand(name, role, shape=X.shape):
     """Return a valid argument."""
     if role == "mask":
         return np.zeros(-(-int(np.prod(shape)) // 8), np.uint8)
-    if role == "weight":
+    if role in ("weight", "bias"):
         return np.linspace(-1, 1, shape[-1], dtype=np.float32)
     if (name, role) == ("crelu pullback", "out"):
         return np.zeros((4, 3), np.float32)

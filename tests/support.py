@@ -32,7 +32,7 @@ PRESETS = {  # of relu_xp.testing.reference, by the name of the function that ea
     "clipped_relu": "clipped-leaky",
     "thresholded_relu": "thresholded",
 }
-FUNCTIONS = (*PRESETS, "prelu", "rrelu", "crelu", "squared_relu")
+FUNCTIONS = (*PRESETS, "prelu", "bias_relu", "rrelu", "crelu", "squared_relu")
 
 
 def properties_of(item):

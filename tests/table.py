@@ -65,29 +65,57 @@ class Row:
     def vjp(self):
         return "relu_vjp" if self.preset else f"{self.name}_vjp"
 
-    def weight(self, xp):
+    @property
+    def learns(self):
+        """Whether the function takes an array after x, and its layer has that in ``params``."""
+        return self.name in ("prelu", "bias_relu")
+
+    def layer_arguments(self, channels):
+        """Return the arguments of the layer that the function does not have."""
+        return (channels,) * (self.name == "bias_relu")
+
+    def learned(self, xp, x):
         """Return the arrays that the function takes after x."""
-        return (xp.array(np.full(1, 0.25, np.float32)),) * (self.name == "prelu")
+        if not self.learns:
+            return ()
+        return (xp.array(slope() if self.name == "prelu" else bias(last_length(x))),)
 
     def call(self, xp, x, **options):
         """Return y."""
-        return getattr(relu_xp, self.name)(x, *self.weight(xp), **self.keywords, **options)
+        return getattr(relu_xp, self.name)(x, *self.learned(xp, x), **self.keywords, **options)
 
     def call_vjp(self, xp, x, **options):
         """Return y and the pullback, as in training."""
         if self.draws:
             options.setdefault("rng", np.random.default_rng(0))
         options = {**self.keywords, **self.fixed, **options}
-        return getattr(relu_xp, self.vjp)(x, *self.weight(xp), **options)
+        return getattr(relu_xp, self.vjp)(x, *self.learned(xp, x), **options)
 
-    def make_layer(self, xp, **options):
-        """Return a layer whose parameters are arrays of a library."""
+    def make_layer(self, xp, channels=10, **options):
+        """Return a layer for a last axis of some length, whose arrays are those of a library."""
         if self.draws:
             options.setdefault("rng", np.random.default_rng(0))
-        layer = self.layer(**self.keywords, **options)
+        layer = self.layer(*self.layer_arguments(channels), **self.keywords, **options)
+        if self.name == "bias_relu":
+            layer.params[0][:] = bias(channels)
         for arrays in (layer.params, layer.grads):
             arrays[:] = [xp.array(array) for array in arrays]
         return layer
+
+
+def slope():
+    return np.full(1, 0.25, np.float32)
+
+
+def last_length(x):
+    try:
+        return int(x.shape[-1])
+    except Exception:  # no array, or one without axes or a known shape
+        return 1
+
+
+def bias(channels):
+    return np.linspace(-1, 1, channels, dtype=np.float32)
 
 
 ROWS = {
@@ -104,6 +132,7 @@ ROWS = {
         "thresholded_relu", relu_xp.ThresholdedReLU, {"threshold": 2.0, "positive_slope": 0.5}
     ),
     "prelu": Row("prelu", relu_xp.PReLU, options=frozenset({"axis"}), saved=lambda x: x.nbytes + 4),
+    "bias_relu": Row("bias_relu", relu_xp.BiasReLU, options=frozenset({"axis", *PARAMETERS})),
     "rrelu": Row(
         "rrelu",
         relu_xp.RReLU,
@@ -131,5 +160,5 @@ class NumPy:
 
 
 def x_gradient(result):
-    """Return dx of what a pullback returns: PReLU's returns the weight's gradient with it."""
+    """Return dx of what a pullback returns: that of a learned array may come with it."""
     return result[0] if isinstance(result, tuple) else result

@@ -42,15 +42,25 @@ def prelu():
     return layer
 
 
+def bias_relu():
+    layer = relu_xp.BiasReLU(3, negative_slope=0.25)
+    layer.params[0][...] = 0.5, 0.0, -1.5
+    return layer
+
+
 LAYERS = {
     "relu": relu_xp.ReLU,
     "falling": lambda: relu_xp.LeakyReLU(0.5, threshold=-0.5, positive_slope=-2.0),
     "three branches": lambda: relu_xp.ReLU(negative_slope=0.25, threshold=0.5, max_value=1.5),
     "prelu": prelu,
+    "bias_relu": bias_relu,
     "rrelu": lambda: relu_xp.RReLU(0.0, 1.0, rng=slopes),
     "crelu": lambda: relu_xp.CReLU(axis=-1),
     "squared_relu": relu_xp.SquaredReLU,
 }
+
+
+MASKED = relu_xp.ReLU, relu_xp.BiasReLU  # whose forward takes a mask
 
 
 class Machine(RuleBasedStateMachine):
@@ -123,7 +133,7 @@ class Machine(RuleBasedStateMachine):
         model, options = self.make(), {}
         wanted = model.forward(host.copy(), training=training)
         self.mask = None  # the caller keeps it alive
-        if training and isinstance(self.layer, relu_xp.ReLU) and self.home.strided:
+        if training and isinstance(self.layer, MASKED) and self.home.strided:
             self.mask = self.home.array(np.zeros(host.size + 7, np.uint8))
             options = data.draw(st.sampled_from([{}, {"mask": self.mask}]))
         self.call(data, self.layer.forward, x, host, wanted, training=training, **options)
@@ -183,7 +193,7 @@ class Machine(RuleBasedStateMachine):
             invalid += [(first, last), (first, broadcast), (broadcast, broadcast)]
         array, out = invalid[data.draw(st.integers(0, len(invalid) - 1))]
         options = {} if out is None else {"out": out}
-        if isinstance(self.layer, relu_xp.ReLU) and not is_backward and data.draw(st.booleans()):
+        if isinstance(self.layer, MASKED) and not is_backward and data.draw(st.booleans()):
             array, options = given, {"mask": self.home.array(np.zeros(9, np.int8))}
         with pytest.raises((TypeError, ValueError), match="^(for|back)ward: "):
             (self.layer.backward if is_backward else self.layer.forward)(array, **options)

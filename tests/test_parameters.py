@@ -67,6 +67,10 @@ TAKES_NUMBER = {
     "rrelu": lambda n: relu_xp.rrelu(X, n, 1.0),
     "RReLU": lambda n: relu_xp.RReLU(0.0, n),
     "PReLU": lambda n: relu_xp.PReLU(1, n),
+    "bias_relu": lambda n: relu_xp.bias_relu(X, WEIGHT, threshold=n),
+    "bias_relu_vjp": lambda n: relu_xp.bias_relu_vjp(X, WEIGHT, max_value=n),
+    "BiasReLU": lambda n: relu_xp.BiasReLU(6, positive_slope=n),
+    "empty_mask": lambda n: relu_xp.empty_mask(X, negative_slope=n),
 }
 
 
@@ -180,12 +184,15 @@ def test_an_axis_is_an_integer_of_64_bits(axis):
         lambda: relu_xp.PReLU(axis=axis),
         lambda: relu_xp.PReLU(axis),
         lambda: relu_xp.PReLU((2, axis)),
+        lambda: relu_xp.bias_relu(X, WEIGHT, axis=axis),
+        lambda: relu_xp.BiasReLU(6, axis),
+        lambda: relu_xp.BiasReLU(axis),
     ]
     if axis is not None:
         calls += [lambda: relu_xp.prelu(X, WEIGHT, axis=axis)]
     for call in calls:
         error = ValueError if type(axis) is int else TypeError
-        with pytest.raises(error, match="(axis|num_parameters) must be "):
+        with pytest.raises(error, match="(axis|num_parameters|num_features) must be "):
             call()
     with pytest.raises(ValueError, match="^crelu: x has shape .*, and no axis"):
         relu_xp.crelu(X, axis=2**63 - 1)

@@ -52,6 +52,19 @@ def test_prelu_has_a_line_for_each_channel():
     assert layer.params[0].tolist() == [0, -0.5]
 
 
+def test_a_bias_is_drawn_over_the_sum():
+    layer = relu_xp.BiasReLU(2, negative_slope=0.5, max_value=4.0, inplace=True)
+    layer.params[0][:] = [1.0, -2.0]
+    axes = plotting.plot(layer)
+    assert axes.get_xlabel() == "x + bias"
+    assert axes.get_title() == "BiasReLU(2, negative_slope=0.5, max_value=4.0, inplace=True)"
+    expected = plotting.plot(relu_xp.ReLU(negative_slope=0.5, max_value=4.0))
+    (curves, dots), (wanted, its_dots) = lines(axes), lines(expected)
+    np.testing.assert_equal(curves, wanted)
+    assert dots == its_dots
+    assert layer.params[0].tolist() == [1, -2]
+
+
 def test_rrelu_is_drawn_in_evaluation():
     layer = relu_xp.RReLU(0.25, 0.75)
     state = layer.rng.bit_generator.state
@@ -98,7 +111,7 @@ def test_the_layer_is_as_before_and_the_axes_are_the_callers():
 @pytest.mark.parametrize("backend", ["array_api_strict", "torch", "jax"])
 def test_every_library_draws_the_same(require, backend, layer):
     require(backend)
-    layer = getattr(relu_xp, layer)()
+    layer = getattr(relu_xp, layer)(*[1] * (layer == "BiasReLU"))
     expected = lines(plotting.plot(layer))
     curves, dots = lines(plotting.plot(layer, xp=dispatch.namespace(backend)))
     assert dots == expected[1]

@@ -51,7 +51,15 @@ def test_an_interrupt_is_not_suppressed(xp, error):
     }
     for kind, make in makers.items():
         refused = (error, TypeError) if kind in ("subclass", "dtype") else error
-        for name in ("relu", "relu_backward", "relu_vjp", "prelu", "crelu", "squared_relu"):
+        for name in (
+            "relu",
+            "relu_backward",
+            "relu_vjp",
+            "prelu",
+            "bias_relu",
+            "crelu",
+            "squared_relu",
+        ):
             given = operands(name)
             role, before = next(iter(given)), contents(given)
             with pytest.raises(refused):
@@ -164,6 +172,8 @@ PAGES = """
         relu_xp.rrelu_vjp(x, rng=halves, out=x)[1](dy, out=out)
         relu_xp.prelu(x, row[:1], axis=0, out=out)
         relu_xp.prelu_vjp(x, row, axis=0)[1](out, out=x)
+        relu_xp.bias_relu(x, row, axis=0, out=out)
+        relu_xp.bias_relu_vjp(x, row, axis=0, mask=mask)[1](dy, out=x)
         relu_xp.crelu_vjp(x, axis=0)[1](np.concatenate([dy, dy]), out=out)
         relu_xp.relu(x.view(f"i{x.itemsize}"), out=out.view(f"i{x.itemsize}"))
 

@@ -98,7 +98,7 @@ def test_empty_arrays_are_not_accessed(xp, strides):
         if is_backward(name) and name != "relu_backward":
             continue  # these have seen another shape
         given = operands(name, (0, 6))
-        given = {role: a if role in ("mask", "weight") else x for role, a in given.items()}
+        given = {role: a if role in ("mask", "weight", "bias") else x for role, a in given.items()}
         for out in {"out": x}, {"out": None}:
             result = call(**given | (out if "out" in given else {}))
             assert result.shape in ((0, 6), (0, 12))

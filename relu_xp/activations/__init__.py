@@ -4,8 +4,9 @@ See the README.md of this folder for how to add one.
 """
 
 from relu_xp.activations._pullback import Pullback
-from relu_xp.activations.bias_relu import bias_relu, bias_relu_vjp
+from relu_xp.activations.bias_relu import BiasReLU, bias_relu, bias_relu_vjp
 from relu_xp.activations.crelu import CReLU, crelu, crelu_vjp
+from relu_xp.activations.empty_mask import empty_mask
 from relu_xp.activations.prelu import PReLU, prelu, prelu_vjp
 from relu_xp.activations.presets import (
     ClippedReLU,
@@ -22,6 +23,7 @@ from relu_xp.activations.rrelu import RReLU, rrelu, rrelu_vjp
 from relu_xp.activations.squared_relu import SquaredReLU, squared_relu, squared_relu_vjp
 
 __all__ = [
+    "BiasReLU",
     "CReLU",
     "ClippedReLU",
     "LeakyReLU",
@@ -38,6 +40,7 @@ __all__ = [
     "clipped_relu",
     "crelu",
     "crelu_vjp",
+    "empty_mask",
     "leaky_relu",
     "prelu",
     "prelu_vjp",

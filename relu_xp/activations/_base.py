@@ -48,7 +48,7 @@ def forward_with_pullback(
     if out is not None and not backend.is_valid_out(out, x, x):
         check_out(function, out, x, "x", (x,), backend)
     if mask is not None:
-        check_mask(function, mask, x, out, params, backend)
+        check_mask(function, mask, (x, out), params, backend)
     y, residuals = backend.forward_with_mask(params, x, out, mask)
     if mask is not None:
         mask = residuals.data  # what of it is in use

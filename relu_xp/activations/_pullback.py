@@ -75,7 +75,8 @@ class Pullback(Generic[GradientT]):
         Returns
         -------
         array, shape of x, dtype of `dy`
-            For `prelu_vjp` two: with the gradient with respect to the weight.
+            For `prelu_vjp` and `bias_relu_vjp` two: with the gradient with respect to the weight
+            or the bias.
 
         Raises
         ------

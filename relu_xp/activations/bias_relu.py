@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, TypeVar, cast
 
+import numpy as np
+
+from relu_xp.activations._learned import LEARNED, LearnedLayer
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
 from relu_xp.parameters import ONE, RELU, ZERO, CastParameters, Parameters, make_parameters
 from relu_xp.validation import (
     as_axis,
+    as_integer,
     check_device,
     check_mask,
     check_out,
@@ -17,7 +22,7 @@ from relu_xp.validation import (
     unknown_length,
 )
 
-__all__ = ["bias_relu", "bias_relu_vjp"]
+__all__ = ["BiasReLU", "bias_relu", "bias_relu_vjp"]
 
 ArrayT = TypeVar("ArrayT")
 
@@ -145,7 +150,7 @@ def _bias_relu_vjp(
 ) -> tuple[Any, Pullback[Any]]:
     x, backend, params, bias, axis = _resolve(function, parameters, x, bias, axis, out, name)
     if mask is not None:
-        check_mask(function, mask, x, out, params, backend)
+        check_mask(function, mask, (x, bias, out), params, backend)
     y, residuals = backend.bias_relu_with_mask(params, x, bias, axis, out, mask)
     if mask is not None:
         mask = residuals.data  # what of it is in use
@@ -184,3 +189,122 @@ def _resolve(
     if out is not None and not backend.is_valid_out(out, x, bias):
         check_out(function, out, x, "x", (x, bias), backend)
     return x, backend, params, bias, axis
+
+
+class BiasReLU(LearnedLayer):
+    """`relu_xp.bias_relu` as a layer, which learns the bias: what follows a matrix product.
+
+    `params` is the list ``[bias]`` and `grads` the list of its gradient, updated, moved and pickled
+    as those of `relu_xp.PReLU`. The layer saves a mask, as `relu_xp.ReLU` does, never the input or
+    output. `repr` shows neither the bias nor its library.
+
+    Parameters
+    ----------
+    num_features : int
+        Length of the bias, which is 0 at first.
+    axis : int, optional
+        Along which it goes; the last axis by default. 1 for images of shape (batch, channels,
+        height, width).
+    negative_slope, threshold, positive_slope, max_value : float, optional
+        As for `relu_xp.relu`.
+    xp : module, optional
+        Array API namespace of the bias; NumPy by default.
+    dtype : dtype of that library, optional
+        The bias's; float32 by default.
+    inplace : bool, optional
+        Whether `forward` overwrites x and `backward` overwrites dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `relu_xp.relu`, for the parameters. TypeError also if `num_features` or `axis` is not an
+        integer, `xp` no array library, or `dtype` not a floating one; ValueError also if
+        `num_features` is below 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, weight = np.array([[1.0, -2.0]]), np.array([[1.0, 2.0, 0.5], [0.0, 0.5, 1.0]])
+    >>> layer = BiasReLU(3)
+    >>> layer.params[0][:] = [0.5, -3.0, 2.0]
+    >>> layer.forward(x @ weight)
+    array([[1.5, 0. , 0.5]])
+    >>> dx = layer.backward(np.ones((1, 3))) @ weight.T
+    >>> layer.grads
+    [array([1., 0., 1.], dtype=float32)]
+    """
+
+    _role = "BiasReLU's bias"
+
+    def __init__(
+        self,
+        num_features: int,
+        axis: int = -1,
+        *,
+        negative_slope: float = 0.0,
+        threshold: float = 0.0,
+        positive_slope: float = 1.0,
+        max_value: float | None = None,
+        xp: Any = np,
+        dtype: Any = None,
+        inplace: bool = False,
+    ) -> None:
+        self._count = as_integer("num_features", num_features)
+        if self._count < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        self._axis = as_integer("axis", axis)
+        self._parameters = make_parameters(negative_slope, threshold, positive_slope, max_value)
+        self.inplace = inplace
+        self._learn((self._count,), 0.0, xp, dtype)
+
+    @functools.cached_property
+    def activation(self) -> Parameters:
+        """The layer's four parameters."""
+        return self._parameters
+
+    def forward(
+        self,
+        x: ArrayT,
+        /,
+        *,
+        training: bool = True,
+        out: ArrayT | None = None,
+        mask: ArrayT | None = None,
+    ) -> ArrayT:
+        """Return y, and save what `backward` needs.
+
+        Parameters
+        ----------
+        x : array, at least 1-D
+            float16, bfloat16, float32 or float64.
+        training : bool, optional
+            False saves nothing, and keeps what an earlier call saved.
+        out : array, like `x`, optional
+            Where to write the result. Not for a layer that works in place.
+        mask : array of uint8, optional
+            Where to keep the mask, as for `relu_xp.relu_vjp`. Not used with ``training=False``.
+
+        Returns
+        -------
+        array, shape and dtype of `x`
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `relu_xp.bias_relu`. What an earlier call saved is then kept.
+        """
+        if self._inplace:
+            out = self._out_in_place("forward", x, out)
+        arguments = "forward", self._parameters, x, self._learned(), self._axis, out
+        if not training:
+            return cast(ArrayT, _bias_relu(*arguments, LEARNED))
+        y, self._pullback = _bias_relu_vjp(*arguments, mask, LEARNED)
+        return cast(ArrayT, y)
+
+    def __repr__(self) -> str:
+        given = [f"axis={self._axis}"] * (self._axis != -1)
+        for name in ("negative_slope", "threshold", "positive_slope", "max_value"):
+            value = getattr(self._parameters, name)
+            if value != getattr(RELU, name):
+                given.append(f"{name}={value!r}")
+        return self._repr(str(self._count), *given)

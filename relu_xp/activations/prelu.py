@@ -8,10 +8,9 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from relu_xp.activations._base import Layer
+from relu_xp.activations._learned import LEARNED, LearnedLayer
 from relu_xp.activations._pullback import Pullback, Rule
 from relu_xp.backends.base import Backend
-from relu_xp.dispatch import backend_for
 from relu_xp.parameters import RELU, CastParameters, as_real
 from relu_xp.validation import as_axis, as_integer, check_device, check_out, resolve, unknown_length
 
@@ -191,10 +190,7 @@ def _channel_axis(function: str, name: str, x: Any, count: int, axis: int | None
     return axis
 
 
-_WEIGHT = "layer.params[0]"  # in messages
-
-
-class PReLU(Layer):
+class PReLU(LearnedLayer):
     """`relu_xp.prelu` as a layer, whose negative slope is learned (He et al., 2015).
 
     `params` is the list ``[weight]`` and `grads` the list of its gradient, as the layers of "Deep
@@ -242,7 +238,7 @@ class PReLU(Layer):
     [array([-2.], dtype=float32)]
     """
 
-    _has_gradient = False  # whether `backward` has been called
+    _role = "PReLU's weight"
 
     def __init__(
         self,
@@ -262,83 +258,15 @@ class PReLU(Layer):
         self._init = as_real("init", init)
         self._axis = as_integer("axis", axis)
         self.inplace = inplace
-        if not hasattr(xp, "full"):
-            raise TypeError(
-                f"xp must be an array library, such as the module cupy, got {type(xp).__name__}"
-            )
-        dtype = xp.float32 if dtype is None else dtype
-        with np.errstate(all="ignore"):
-            weight = xp.full(shape, self._init, dtype=dtype)
-        try:
-            resolve("PReLU", "the weight", weight, RELU, floating=True)
-        except TypeError as error:
-            raise TypeError(f"dtype must be a floating dtype, got {dtype}") from error
+        weight = self._learn(shape, self._init, xp, dtype)
         if not math.isfinite(float(weight[(0,) * len(shape)])):
             raise ValueError(f"init must be finite in {weight.dtype}, got {init}")
-        # Not by assignment: a subclass may have a property of that name, which cannot be set.
-        vars(self).update(params=[weight], grads=[xp.zeros(shape, dtype=dtype)])
-
-    @property
-    def grads(self) -> list[Any]:
-        """The gradient of the weight, in its library, shape and dtype; 0 before `backward`."""
-        grads: list[Any] = vars(self)["grads"]
-        if self._has_gradient or (self.params and grads and _are_alike(grads[0], self.params[0])):
-            return grads
-        try:  # the weight has been replaced
-            weight, backend, _ = resolve("grads", _WEIGHT, self.params[0], RELU, floating=True)
-        except (IndexError, TypeError):  # `forward` says so
-            return grads
-        grads[:1] = [backend.namespace(weight).zeros_like(weight)]
-        return grads
-
-    @grads.setter
-    def grads(self, grads: Sequence[Any]) -> None:
-        vars(self)["grads"] = grads if isinstance(grads, list) else list(grads)
 
     def _forward(self, x: Any, out: Any) -> Any:
-        return _prelu("forward", x, self._weight(), self._axis, out, _WEIGHT)
+        return _prelu("forward", x, self._learned(), self._axis, out, LEARNED)
 
     def _forward_with_pullback(self, x: Any, out: Any) -> tuple[Any, Pullback[Any]]:
-        return _prelu_vjp("forward", x, self._weight(), self._axis, out, _WEIGHT)
-
-    def _weight(self) -> Any:
-        if not self.params:
-            raise ValueError("forward: layer.params is empty; its first array is PReLU's weight")
-        return self.params[0]
-
-    def _backward(self, pullback: Pullback[Any], dy: Any, out: Any) -> Any:
-        dx, weight_grad = pullback.backward("backward", dy, out)
-        grads = self.grads
-        grads[:1] = [_store(grads[0] if grads else None, weight_grad, (dy, dx))]
-        self._has_gradient = True
-        return dx
+        return _prelu_vjp("forward", x, self._learned(), self._axis, out, LEARNED)
 
     def __repr__(self) -> str:
         return self._repr(str(self._count), f"init={self._init}", f"axis={self._axis}")
-
-
-def _store(array: Any, weight_grad: Any, others: tuple[Any, Any]) -> Any:
-    """Return an array with the weight's gradient, or that itself if the array cannot be written.
-
-    Nor is it written if it is of another kind, or shares memory with the others.
-    """
-    if not _are_alike(array, weight_grad) or any(array is other for other in others):
-        return weight_grad
-    backend = backend_for("backward", "dy", weight_grad)
-    try:
-        backend.check_out(array, others)
-    except (TypeError, ValueError):
-        return weight_grad
-    return backend.store(weight_grad, array)
-
-
-def _are_alike(array: Any, other: Any) -> bool:
-    """Return whether two arrays have one library, shape, dtype and device."""
-    try:
-        left, right = (
-            (backend_for("backward", "array", a).device(a), a.shape, a.dtype)
-            for a in (array, other)
-        )
-    except TypeError:  # one is no array
-        return False
-    return left == right

@@ -53,6 +53,8 @@ def run(arguments: argparse.Namespace) -> None:
     parameters = {name: given[name] for name in _PARAMETERS if given[name] is not None}
     for name in parameters.keys() - inspect.signature(kind).parameters.keys():
         arguments.parser.error(f"argument {_option(name)}: {kind.__name__} does not take it")
+    if kind is relu_xp.BiasReLU:
+        parameters["num_features"] = 1
     layer = kind(**parameters)
     library = _shared.choose_library(arguments.backend)
     file = arguments.output or _shared.picture_file(f"{kind.__name__}.png")

@@ -14,7 +14,7 @@ import relu_xp
 from relu_xp.arrays import from_numpy, to_numpy
 from relu_xp.dispatch import backend_for
 from relu_xp.parameters import FLOATING, Parameters
-from relu_xp.testing.reference import Format
+from relu_xp.testing.reference import Format, Preset
 
 Host = npt.NDArray[Any]
 
@@ -38,6 +38,14 @@ class Operand:
         if not np.isfinite(self.host).all():
             raise ValueError(f"check_gradient: {label} must be finite")
 
+    def round_to(self, other: Operand) -> None:
+        """Round the values to the dtype of another operand."""
+        form = other.form
+        rounded = [form.value(form.round(value)) for value in self.host.ravel().tolist()]
+        values = [value / 2**form.unit_shift for value in rounded if value is not None]
+        self.host = np.array(values, other.host.dtype).reshape(self.host.shape)
+        self.narrow = other.narrow
+
     def wide(self, host: Host) -> Any:
         """Return an array of its library with a host's values, in float32 at least."""
         return from_numpy(host, self._like)
@@ -50,12 +58,22 @@ class Operand:
 
 
 class Subject:
-    """The function that is checked, its operands, and the difference quotients to compare with."""
+    """The function that is checked, its operands, and the difference quotients to compare with.
+
+    Attributes
+    ----------
+    parameters : Parameters or None
+        If they say what f(x) is, or f(x + bias); then the operands are x, and perhaps the bias.
+    last_kink : float
+        With a bias, a magnitude that x + bias has at the kinks, at most; else 0.
+    """
 
     def __init__(
         self, function: Any, x: Any, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
         self.parameters: Parameters | None = None
+        self.last_kink = 0.0
+        self._axis: int | None = None  # along which a bias goes
         self._function = self.differentiable = function
         self._arguments, self._options = arguments, options
         name = getattr(function, "__name__", "")
@@ -69,8 +87,9 @@ class Subject:
             )
         elif callable(function) or _is_layer(function):
             self.name = getattr(function, "__qualname__", None) or type(function).__name__
-            if isinstance(function, relu_xp.ReLU) and is_ours(function):
+            if isinstance(function, relu_xp.ReLU | relu_xp.BiasReLU) and is_ours(function):
                 self.parameters = function.activation
+                self._axis = getattr(function, "_axis", None)
         else:
             raise _not_a_function(function)
         arrays = [("x", x), *((f"argument {i}", one) for i, one in enumerate(arguments, 2))]
@@ -85,6 +104,11 @@ class Subject:
         if _is_layer(self.differentiable):
             params = getattr(self.differentiable, "params", ())
             self.operands += [Operand(f"params[{i}]", p) for i, p in enumerate(params)]
+        if self._axis is not None and self.parameters is not None:
+            p = self.parameters
+            self.last_kink = max(abs(p.threshold), abs((p.max_value or 0.0) / p.positive_slope))
+            for bias in self.operands[1:2]:
+                bias.round_to(self.operands[0])  # as the function does
         self.epsilon = max(float(np.finfo(o.host.dtype).eps) for o in self.operands)
         self.narrow_epsilon = max(operand.epsilon for operand in self.operands)
 
@@ -99,10 +123,33 @@ class Subject:
         if kind is not None and issubclass(kind, relu_xp.ReLU):
             layer = kind(*self._arguments, **self._options)
             self.parameters = layer.activation
+        elif kind is relu_xp.BiasReLU:
+            given = {n: self._options[n] for n in Parameters._fields if n in self._options}
+            self.parameters = relu_xp.ReLU(**given).activation
+            self._axis = self._options.get("axis", -1)
         pullback = getattr(relu_xp, f"{plain}_vjp", None)
         if pullback is None and self.parameters is None:
             raise _not_a_function(self._function)
         return pullback or layer
+
+    def defined(self, operand: Operand, index: tuple[int, ...]) -> Host:
+        """Return f'(x) * dy, as the parameters define it, where y depends on an element."""
+        x, p = self.operands[0], self.parameters
+        assert p is not None
+        a, b = p.negative_slope, p.positive_slope
+        preset = Preset(x.form, p.threshold, a, b, p.max_value)
+        values = x.host.astype(np.float64)
+        where: tuple[int | slice, ...] = index
+        if self._axis is not None:
+            axis = self._axis % values.ndim
+            bias = self.operands[1].host
+            values = values + bias.reshape(-1, *[1] * (values.ndim - 1 - axis))
+            if operand is not x:
+                where = (*[slice(None)] * axis, *index)
+        sums, dy = (np.ravel(array[where]) for array in (values, self.dy.reshape(values.shape)))
+        branches = [preset.branch(x.form.round(value)) for value in sums.tolist()]
+        slopes: Host = np.array([a, b, 0.0])[branches]
+        return slopes * dy
 
     def gradients(self, dy: Any) -> list[Host]:
         """Return the gradients that are checked, one for each operand; note y and `dy`."""
@@ -197,7 +244,8 @@ def _not_a_function(function: Any) -> TypeError:
 
 def _assign(params: Any, number: int, value: Any) -> None:
     """Write a parameter, so that every reference to it sees the value; or replace it."""
-    if array_api_compat.is_writeable_array(params[number]):
+    before = params[number]
+    if array_api_compat.is_writeable_array(before) and before.dtype == value.dtype:
         params[number][...] = value
     else:
         params[number] = value

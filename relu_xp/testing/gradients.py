@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from relu_xp.testing._subject import Host, Operand, Subject, is_ours
-from relu_xp.testing.reference import Preset
 
 __all__ = ["check_gradient"]
 
@@ -64,9 +63,10 @@ def check_gradient(
     -----
     A step that reaches a kink is made shorter, down to 1/256, and for an x near 0 to a quarter of
     it. Where the slopes on either side still differ, x lies on a kink. There a layer with the four
-    parameters of `relu_xp.ReLU` must give what is defined: the negative slope at the threshold, 0
-    at the ceiling. Any other function must give at x = 0, where only one element of y depends on
-    that of x, the slope on the left (rule G1) or the smaller one; elsewhere nothing is checked.
+    parameters of `relu_xp.ReLU`, or of `relu_xp.BiasReLU`, must give what is defined: the negative
+    slope at the threshold, 0 at the ceiling. Any other function must give at x = 0, where only one
+    element of y depends on that of x, the slope on the left (rule G1) or the smaller one; elsewhere
+    nothing is checked.
 
     Examples
     --------
@@ -123,31 +123,29 @@ def _check(
     defined = _defined(subject, operand, index, one)
     if not defined:
         return False
-    allowed = one.rounding + tolerance * max(map(abs, defined))
-    if not any(abs(got - slope) <= allowed for slope in defined):
-        raise _wrong(subject, operand, index, got, defined[0], "at the kink")
+    allowed = one.rounding + tolerance * max(float(abs(terms).sum()) for terms in defined)
+    slopes = [float(terms.sum()) for terms in defined]
+    if not any(abs(got - slope) <= allowed for slope in slopes):
+        raise _wrong(subject, operand, index, got, slopes[0], "at the kink")
     return True
 
 
-def _defined(subject: Subject, operand: Operand, index: Index, last: _Difference) -> list[float]:
-    """Return the gradients that are right on a kink; none where nothing is defined."""
-    if operand is subject.operands[0] and subject.parameters is not None:
-        p = subject.parameters
-        a, b = p.negative_slope, p.positive_slope
-        preset = Preset(operand.form, p.threshold, a, b, p.max_value)
-        branch = preset.branch(operand.form.round(float(operand.host[index])))
-        return [float((a, b, 0.0)[branch] * subject.dy.reshape(operand.host.shape)[index])]
+def _defined(subject: Subject, operand: Operand, index: Index, last: _Difference) -> list[Host]:
+    """Return the gradients that are right on a kink, as terms of a sum; none if undefined."""
+    if subject.parameters is not None:
+        return [subject.defined(operand, index)]
     alone = np.count_nonzero(last.right != last.left) == 1
     if operand.host[index] != 0 or not (alone or is_ours(subject.differentiable)):
         return []
     smaller = np.where(abs(last.left) <= abs(last.right), last.left, last.right)
-    return [float(smaller.sum()), float(last.left.sum())]
+    return [smaller, last.left]
 
 
 def _steps(subject: Subject, value: float, narrow: bool) -> list[float]:
     """Return how far to move a value: what balances truncation with rounding, and less."""
     size = abs(value)
-    shortest = 8 * subject.narrow_epsilon * size * narrow  # a kink is rounded otherwise in y
+    # A kink is rounded otherwise in y.
+    shortest = 8 * subject.narrow_epsilon * max(size, subject.last_kink) * narrow
     step: float = max(subject.epsilon ** (1 / 3) * max(1.0, size), shortest)
     steps = [step, step / 16, step / 256]
     if 0 < size / 4 < steps[-1]:

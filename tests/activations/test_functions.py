@@ -18,7 +18,7 @@ NAMES = [name for name in relu_xp.__all__ if "relu" in name]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_arrays_are_positional_only_and_options_keyword_only(name):
-    arrays = {"relu_backward": {"dy", "x"}, "prelu": {"x", "weight"}}
+    arrays = {"relu_backward": {"dy", "x"}, "prelu": {"x", "weight"}, "bias_relu": {"x", "bias"}}
     positional = {
         "leaky_relu": {"negative_slope"},
         "clipped_relu": {"max_value"},
@@ -29,7 +29,7 @@ def test_arrays_are_positional_only_and_options_keyword_only(name):
     options = set(ROWS[base].options if base in ROWS else PARAMETERS)
     if base == "relu6":
         options.remove("max_value")
-    if name == "relu_vjp":
+    if name in ("relu_vjp", "bias_relu_vjp"):
         options.add("mask")
     found = {kind: set() for kind in inspect._ParameterKind}
     for parameter in inspect.signature(getattr(relu_xp, name)).parameters.values():
@@ -46,7 +46,7 @@ def test_arrays_are_positional_only_and_options_keyword_only(name):
 def calls(row, bad, forward_only=True):
     """Return calls that are given a bad array: how the error has to begin, and the call."""
     _, pullback = row.call_vjp(NumPy, X)
-    layer = row.make_layer(NumPy)
+    layer = row.make_layer(NumPy, 3)
     layer.forward(X)
     found = [
         (f"{row.vjp}: x", lambda: row.call_vjp(NumPy, bad)),
@@ -69,6 +69,11 @@ def calls(row, bad, forward_only=True):
         found += [
             ("prelu: weight", lambda: relu_xp.prelu(X, bad)),
             ("prelu_vjp: weight", lambda: relu_xp.prelu_vjp(X, bad)),
+        ]
+    if row.name == "bias_relu":
+        found += [
+            ("bias_relu: bias", lambda: relu_xp.bias_relu(X, bad)),
+            ("bias_relu_vjp: bias", lambda: relu_xp.bias_relu_vjp(X, bad)),
         ]
     return found
 
@@ -124,7 +129,7 @@ def bad_outs(result):
 @each_row
 def test_an_out_that_is_not_valid_is_refused_and_nothing_written(xp, row):
     y, pullback = row.call_vjp(xp, X)
-    layer = row.make_layer(xp)
+    layer = row.make_layer(xp, 3)
     layer.forward(X)
     memory = np.full(40, 7, np.float32)
     for name, call, x, wanted in (
@@ -155,7 +160,7 @@ def test_an_array_of_another_library_or_device_is_refused(require, row):
     strict = require("array_api_strict")
     there = strict.asarray(X.copy())
     y, pullback = row.call_vjp(NumPy, X)
-    layer = row.make_layer(NumPy)
+    layer = row.make_layer(NumPy, 3)
     layer.forward(X)
     dy = strict.asarray(y.copy())
     found = [
@@ -172,6 +177,11 @@ def test_an_array_of_another_library_or_device_is_refused(require, row):
         ]
     elif row.name == "prelu":
         found.append(("prelu: ", "weight", lambda: relu_xp.prelu(X, there[0, :])))
+    elif row.name == "bias_relu":
+        found += [
+            ("bias_relu: ", "bias", lambda: relu_xp.bias_relu(X, there[0, :])),
+            ("bias_relu_vjp: ", "mask", lambda: relu_xp.bias_relu_vjp(X, X[0], mask=there)),
+        ]
     for start, argument, call in found:
         advice = rf".*numpy\.asarray\({argument}\)"
         if argument in ("out", "mask"):  # a copy would be lost
@@ -232,11 +242,11 @@ def test_the_bytes_that_are_held(xp, row):
     """One bit per element, a byte with a third branch; else as the table of functions says."""
     for dtype in (xp.dtypes[0], xp.dtypes[-1]):
         host = np.ones((8, 25), DTYPES[dtype])
-        x, layer = xp.array(host), row.make_layer(xp)
+        x, layer = xp.array(host), row.make_layer(xp, 25)
         nbytes = row.call_vjp(xp, x)[1].saved_nbytes
         layer.forward(x)
         assert layer.saved_nbytes == nbytes
-        if row.preset:
+        if row.saved is None:
             three = {"negative_slope", "max_value"} <= {*row.keywords, *row.fixed}
             packed = 25 if not three else 200
             assert packed <= nbytes <= (packed + 7 if xp.strided else 200)

@@ -68,7 +68,7 @@ def test_inplace_overwrites_what_it_is_given():
 def test_inplace_leaves_no_choice(row):
     if row.layer is CReLU:
         return
-    layer, x = row.make_layer(NumPy, inplace=True), np.ones((2, 3), np.float32)
+    layer, x = row.make_layer(NumPy, 3, inplace=True), np.ones((2, 3), np.float32)
     locked = np.broadcast_to(np.float32(1), (2, 3))
     layer.forward(x)
     for call in (
@@ -86,7 +86,7 @@ def test_inplace_leaves_no_choice(row):
         with pytest.raises(TypeError, match=f"^inplace must be .* got {type(bad).__name__}"):
             layer.inplace = bad
         with pytest.raises(TypeError, match="^inplace must be "):
-            row.layer(inplace=bad)
+            row.layer(*row.layer_arguments(3), inplace=bad)
     assert layer.inplace is True
 
 
@@ -101,7 +101,7 @@ def test_out_has_the_dtype_of_dy():
 
 
 def test_nothing_of_the_callers_is_kept_alive():
-    layers, references = [row.make_layer(NumPy) for row in ROWS.values()], []
+    layers, references = [row.make_layer(NumPy, 100) for row in ROWS.values()], []
     for layer in layers:
         x = np.ones((10, 100), np.float32)
         references += [weakref.ref(x), weakref.ref(layer.forward(x))]

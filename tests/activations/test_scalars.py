@@ -11,6 +11,9 @@ import relu_xp
 pytestmark = pytest.mark.libraries("ndarray")
 
 
+NEED_AN_AXIS = ("crelu", "bias_relu")
+
+
 def check(result, wanted):
     """Check a result by that for 0-d arrays."""
     assert type(result) is np.ndarray
@@ -20,9 +23,9 @@ def check(result, wanted):
 
 @each_row
 def test_every_function_and_layer_takes_a_scalar(xp, dtype, row):
-    if row.name == "crelu":  # which needs an axis
-        with pytest.raises(ValueError, match=r"^crelu: x has shape \(\), and no axis 1$"):
-            relu_xp.crelu(np.float32(1))
+    if row.name in NEED_AN_AXIS:
+        with pytest.raises(ValueError, match=rf"^{row.name}: x has shape \(\), and no axis -?1$"):
+            row.call(xp, np.float32(1))
         return
     for value in (-3.0, 0.5, 7.0, np.nan):
         x, dy = DTYPES[dtype].type(value), DTYPES[dtype].type(1.5)
@@ -98,7 +101,7 @@ def test_a_scalar_cannot_be_written(row):
     if row.name == "relu":
         with pytest.raises(TypeError, match="^relu_vjp: mask must be an array, got .*uint8"):
             relu_xp.relu_vjp(np.ones(3), mask=np.uint8(0))
-    if row.name == "crelu":
+    if row.name in NEED_AN_AXIS:
         return
     layer = row.make_layer(NumPy, inplace=True)
     for training in (True, False):

@@ -13,7 +13,7 @@ from relu_xp.dispatch import backend_for
 from relu_xp.testing import reference
 
 pytestmark = pytest.mark.libraries("ndarray")
-ARRAYS = [(name, role) for name, role in PAIRS if role not in ("mask", "weight")]
+ARRAYS = [(name, role) for name, role in PAIRS if role not in ("mask", "weight", "bias")]
 
 
 @pytest.fixture

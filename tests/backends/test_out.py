@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
-from table import CASES
+from table import CASES, ROWS
 
 import relu_xp
 
@@ -25,6 +25,7 @@ def calls(xp, x, dy, case):
             lambda x, out: relu_xp.relu_backward(fresh_dy, x, **case, out=out),
             lambda x, out: relu_xp.squared_relu(x, out=out),
             lambda x, out: relu_xp.prelu(x, xp.array(np.full(1, 0.5, np.float32)), out=out),
+            lambda x, out: relu_xp.bias_relu(x, *ROWS["bias_relu"].learned(xp, x), **case, out=out),
         ],
         "dy": [
             lambda dy, out: pullback(dy, out=out),

@@ -31,7 +31,7 @@ def test_other_layouts_are_refused_with_the_method_that_converts(name, row):
     x = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
     other = LAYOUTS[name](x)
     y, pullback = row.call_vjp(LIBRARY, x)
-    layer = row.make_layer(LIBRARY)
+    layer = row.make_layer(LIBRARY, 2)
     layer.forward(x)
     dy = torch.ones_like(y)
     message = name.partition(",")[0].replace(".", r"\.")

@@ -127,6 +127,7 @@ def test_by_default_cupy_where_it_works_else_numpy(monkeypatch):
 # ---- pictures, tables and files
 
 PICTURES = {  # commands, and texts in their pictures
+    "plot BiasReLU --threshold 0.5 -o": ["x + bias", "BiasReLU(1, threshold=0.5)"],
     "plot PReLU --init 0.5 -o": ["f'(x)", " threshold: 0 ", "PReLU(1, init=0.5, axis=1)"],
     "train --plot": ["epoch", "Digits classifier: numpy, seed 5, test accuracy 97.5%"],
     "formulas --plot": ["x[x &lt; 0] = 0", "NaN at -inf; writes x", "right", "125", "62.5"],

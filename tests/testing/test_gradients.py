@@ -8,6 +8,7 @@ from libraries import LIBRARIES
 
 import relu_xp
 from relu_xp import dispatch
+from relu_xp.backends.base import Backend
 from relu_xp.testing import check_gradient, reference
 
 LAYERS = [
@@ -51,6 +52,8 @@ def test_every_layer_passes(name, dtype, require):
         (relu_xp.clipped_relu, (), {"max_value": 3}),
         (relu_xp.thresholded_relu, (), {}),
         (relu_xp.prelu, (np.linspace(-1.0, 1.0, 17),), {}),
+        (relu_xp.bias_relu, (np.zeros(17),), {}),
+        (relu_xp.bias_relu_vjp, (np.full(1, 0.5),), {"axis": 0, "max_value": 6.5}),
         (relu_xp.rrelu_vjp, (), {"rng": np.random.default_rng(3)}),
         (relu_xp.crelu, (), {}),
         (relu_xp.squared_relu, (), {}),
@@ -118,6 +121,79 @@ def test_a_wrong_layer_of_ours_fails(monkeypatch, layer, x, backward, message):
     monkeypatch.setattr(type(layer), "backward", backward)
     with pytest.raises(AssertionError, match=message):
         check_gradient(layer, np.array([x]))
+
+
+BIASES = [
+    {},
+    {"negative_slope": 0.25},
+    {"threshold": 0.25, "negative_slope": 0.125, "positive_slope": 2.0, "max_value": 1.5},
+    {"threshold": -2.0, "max_value": 0.0},
+    {"threshold": 100.0},
+]
+
+
+@pytest.mark.parametrize("options", BIASES, ids=str)
+def test_a_bias_passes(xp, dtype, options):
+    """Also where x + bias lies on a kink, where x does, and where a whole channel lies on one."""
+    kink = options.get("threshold", 0.0)
+    bias = np.array([0.5, -1.25, 0.0, -100.0])
+    sums = np.array([[kink, kink, kink, kink], [kink, 0.75, -1, 3], [kink, kink, 1e-4, 0]])
+    for shape, axis in (((3, 1, 4), -1), ((4, 3), 0)):
+        host = (sums - bias if axis else (sums - bias).T).reshape(shape)
+        x = xp.array(host.astype(reference.DTYPES[dtype]))
+        for its_dtype in {dtype, "float32"}:
+            b = xp.array(bias.astype(reference.DTYPES[its_dtype]))
+            check_gradient(relu_xp.bias_relu, x, b, axis=axis, **options)
+            if xp.name == "dask":
+                return  # it is slow
+            layer = relu_xp.BiasReLU(4, axis, **options)
+            layer.params[0] = b
+            check_gradient(layer, x)
+            assert layer.params[0] is b
+            assert xp.numpy(b).tolist() == bias.tolist()
+
+
+def test_a_bias_passes_where_numbers_are_rounded():
+    """The bias, the sum and the terms of the bias's gradient, each of which moves a kink."""
+    bias = np.array([0.7])
+    rounded = bias.astype(np.float32)
+    assert bias > rounded
+    check_gradient(relu_xp.bias_relu, -rounded, bias)
+    x, bias = np.array([0.01], np.float16), np.array([100.0], np.float32)
+    assert x + bias.astype(np.float16) == 100
+    check_gradient(relu_xp.bias_relu, x, bias, threshold=100.0)
+    x, dy = np.zeros((2, 1), np.float16), np.array([[1000], [-999]], np.float16)
+    check_gradient(relu_xp.bias_relu, x, np.zeros(1, np.float16), dy=dy, negative_slope=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            lambda dy, dx, db: (dx + dy * (dx == 0), db),
+            r"x\[0, 0\] = 0.5 .*, expected 0 at the kink",
+        ),
+        (lambda dy, dx, db: (dx, db + dy.sum(0)), r"2\[0\] = -0.5 is .*, expected 0 at the kink"),
+        (lambda dy, dx, db: (dx, db * 1.01), r"2\[1\] = 1 is .* by differences"),
+        (lambda dy, dx, db: (dx, db[:1]), r"argument 2 has shape \(1,\), expected \(2,\)"),
+    ],
+)
+def test_a_wrong_gradient_of_a_bias_fails(monkeypatch, fault, message):
+    def backward(self, params, dy, *rest, right=Backend.bias_relu_backward):
+        return fault(dy, *right(self, params, dy, *rest))
+
+    x, bias = np.array([[0.5, 2.0], [0.5, -3.0]]), np.array([-0.5, 1.0])
+    check_gradient(relu_xp.bias_relu, x, bias)
+    for kind in (Backend, type(dispatch.backend_named("numpy"))):
+        monkeypatch.setattr(kind, "bias_relu_backward", backward)
+    with pytest.raises(AssertionError, match=message):
+        check_gradient(relu_xp.bias_relu, x, bias)
+
+
+def test_a_layer_with_a_narrow_array_passes():
+    """Where the differences are taken in float32, the array is replaced, not written."""
+    for layer in (relu_xp.PReLU(3, dtype=np.float16), relu_xp.BiasReLU(3, dtype=np.float16)):
+        check_gradient(layer, np.array([[0.1, -0.3, 2.0], [1.0, 0.7, -0.9]], np.float16))
 
 
 class Network:
