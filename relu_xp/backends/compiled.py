@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from relu_xp.arrays import concatenated_shape, split
-from relu_xp.backends.numpy import NumpyBackend, round_sum, round_to
+from relu_xp.backends.gradient_sums import round_sum, round_to
+from relu_xp.backends.numpy import NumpyBackend
 from relu_xp.kernels import _cpu as cpu
 from relu_xp.mask import Mask, mask_nbytes, new_like
 from relu_xp.parameters import RELU, CastParameters
@@ -49,6 +50,41 @@ class CompiledBackend(NumpyBackend):
     ) -> _Array:
         """Return f'(x) * dy."""
         return cpu.backward_from_input(params.record, grad_params.record, dy, x, out)
+
+    def bias_relu(
+        self, params: CastParameters, x: _Array, bias: _Array, axis: int, out: _Array | None
+    ) -> _Array:
+        """Return f(x + bias)."""
+        return cpu.bias_relu(params.record, x, round_to(bias, x.dtype), axis, out)
+
+    def bias_relu_with_mask(
+        self,
+        params: CastParameters,
+        x: _Array,
+        bias: _Array,
+        axis: int,
+        out: _Array | None,
+        mask: _Array | None,
+    ) -> tuple[_Array, Mask]:
+        """Return f(x + bias) and the packed mask."""
+        if mask is not None:
+            mask = mask[: mask_nbytes(params, x)]
+        bias = round_to(bias, x.dtype)
+        return cpu.bias_relu_with_mask(params.record, x, bias, axis, out, mask)
+
+    def bias_relu_backward(
+        self,
+        grad_params: CastParameters,
+        dy: _Array,
+        residuals: Mask,
+        axis: int,
+        dtype: np.dtype[Any],
+        out: _Array | None,
+    ) -> tuple[_Array, _Array]:
+        """Return f'(x + bias) * dy, and its sum."""
+        record = grad_params.record
+        dx, total = cpu.bias_relu_backward(record, dy, *residuals, axis, dtype, out)
+        return dx, round_to(total, dtype)
 
     def prelu(
         self, values: _Array | None, x: _Array | None, weight: _Array, out: _Array | None

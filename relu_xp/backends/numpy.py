@@ -9,7 +9,6 @@ processor does in its flush-to-zero modes. Nothing is promised about its speed.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,16 +19,15 @@ import numpy.typing as npt
 
 from relu_xp.arrays import concatenated_shape
 from relu_xp.backends.base import Backend, draw
+from relu_xp.backends.gradient_sums import round_sum, round_to, sum_channels, sum_weight_grad
 from relu_xp.backends.overlap import check_overlap
 from relu_xp.mask import Axes, Mask, is_broadcast, mask_nbytes, memory_order, new_like, pack, unpack
 from relu_xp.parameters import DTYPES, CastParameters
 
-__all__ = ["NumpyBackend", "round_sum", "round_to"]
+__all__ = ["NumpyBackend"]
 
 _Array = npt.NDArray[Any]
 
-_PART = 1 << 16  # elements of the weight's gradient that are summed by themselves
-_ROW = 1 << 10  # elements that are summed side by side
 _DEVICE = ("numpy", None)
 
 _silent = np.errstate(all="ignore")  # as a decorator: NaN, infinities and subnormals are no errors
@@ -83,6 +81,41 @@ class NumpyBackend(Backend):
         return _store(super().backward_from_input(typed, typed_grad, dy, x, None), out, x)
 
     @_silent
+    def bias_relu(
+        self, params: CastParameters, x: _Array, bias: _Array, axis: int, out: _Array | None
+    ) -> _Array:
+        """Return f(x + bias)."""
+        return _store(self.forward(params, _add(x, bias, axis), None), out, x)
+
+    @_silent
+    def bias_relu_with_mask(
+        self,
+        params: CastParameters,
+        x: _Array,
+        bias: _Array,
+        axis: int,
+        out: _Array | None,
+        mask: _Array | None,
+    ) -> tuple[_Array, Mask]:
+        """Return f(x + bias) and the packed mask."""
+        y, residuals = self.forward_with_mask(params, _add(x, bias, axis), None, mask)
+        return _store(y, out, x), residuals
+
+    @_silent
+    def bias_relu_backward(
+        self,
+        grad_params: CastParameters,
+        dy: _Array,
+        residuals: Mask,
+        axis: int,
+        dtype: np.dtype[Any],
+        out: _Array | None,
+    ) -> tuple[_Array, _Array]:
+        """Return f'(x + bias) * dy, and its sum."""
+        dx = self.backward(grad_params, dy, residuals, out)
+        return dx, round_sum(sum_channels(dx, axis), dtype)
+
+    @_silent
     def prelu(
         self, values: _Array | None, x: _Array | None, weight: _Array, out: _Array | None
     ) -> _Array:
@@ -98,25 +131,8 @@ class NumpyBackend(Backend):
 
     @_silent
     def prelu_weight_grad(self, dy: _Array, x: _Array, weight: _Array) -> _Array:
-        """Return the gradient with respect to the weight.
-
-        Parts of whole rows of the first axis are summed by themselves, and then added in turn: the
-        same order as that of the compiled kernels.
-        """
-        axes = tuple(axis for axis, length in enumerate(weight.shape) if length == 1)
-        total: _Array = np.zeros(weight.shape)
-        if not x.ndim:
-            dy, x, total = dy.reshape(1), x.reshape(1), total.reshape(1)
-        step = max(1, len(x) * _PART // max(1, x.size))
-        for start in range(0, len(x) if x.size else 0, step):
-            part = slice(start, start + step)
-            is_lower = x[part] <= 0
-            terms = np.where(is_lower, x[part].astype(np.float64), 0) * np.where(
-                is_lower, dy[part].astype(np.float64), 0
-            )
-            to = total[part] if len(total) == len(x) else total
-            to += _sum(np.ascontiguousarray(terms), axes)
-        return round_sum(total.reshape(weight.shape), weight.dtype)
+        """Return the gradient with respect to the weight."""
+        return round_sum(sum_weight_grad(dy, x, weight.shape), weight.dtype)
 
     @_silent
     def crelu(self, x: _Array, axis: int, out: _Array | None) -> _Array:
@@ -187,18 +203,6 @@ class NumpyBackend(Backend):
         return mask_nbytes(params, x)
 
 
-def round_to(x: _Array, dtype: np.dtype[Any]) -> _Array:
-    """Return an array in a dtype, silently: it may be beyond its range."""
-    with np.errstate(all="ignore"):
-        return x.astype(dtype, copy=False)
-
-
-def round_sum(total: _Array, dtype: np.dtype[Any]) -> _Array:
-    """Return a sum in a dtype; one NaN stands for all of them."""
-    total[np.isnan(total)] = np.nan
-    return round_to(total, dtype)
-
-
 class _Namespace:
     """NumPy in the array API standard, which is loaded at first use: it imports all of NumPy."""
 
@@ -248,28 +252,8 @@ def _multiply(x: _Array, y: _Array) -> _Array:
     return product
 
 
-def _sum(x: _Array, axes: Sequence[int]) -> _Array:
-    """Return the sum of a C-contiguous array along axes, which are then of length 1.
-
-    `numpy.sum` adds the elements of a row in an order that depends on its version, and whole rows
-    one after the other. So a long row is cut into rows of `_ROW` elements, which are added; then
-    the halves of the remaining row are added until one element is left.
-    """
-    for axis in axes:
-        *outer, length = x.shape[: axis + 1]
-        if x.size > math.prod(outer) * length:
-            x = np.add.reduce(x, axis, keepdims=True)
-            continue
-        rest = x.reshape(-1, length)
-        if length > 2 * _ROW:
-            whole = length // _ROW * _ROW
-            rows, rest = rest[:, :whole].reshape(-1, whole // _ROW, _ROW), rest[:, whole:]
-            total = np.add.reduce(rows, 1)
-            total[:, : rest.shape[1]] += rest
-            rest = total
-        while (length := rest.shape[1]) > 1:
-            half = length // 2
-            rest[:, :half] += rest[:, length - half :]
-            rest = rest[:, : length - half]
-        x = rest.reshape(*outer, *[1] * (x.ndim - axis))
-    return x
+def _add(x: _Array, bias: _Array, axis: int) -> _Array:
+    """Return x + bias, or x where that is NaN, in the layout of x."""
+    bias = round_to(bias, x.dtype).reshape((-1,) + (1,) * (x.ndim - 1 - axis))
+    total = np.add(x, np.where(np.isnan(x), np.zeros((), x.dtype), bias))
+    return _store(total, None, x)

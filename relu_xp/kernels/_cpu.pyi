@@ -2,6 +2,7 @@
 
 from typing import Any, TypeAlias
 
+import numpy as np
 from numpy.typing import NDArray
 
 from relu_xp.mask import Mask
@@ -22,6 +23,28 @@ def backward(
 def backward_from_input(
     params: bytes, grad_params: bytes, dy: _Array | None, x: _Array, out: _Array | None, /
 ) -> _Array: ...
+def bias_relu(
+    params: bytes, x: _Array, bias: _Array, axis: int, out: _Array | None, /
+) -> _Array: ...
+def bias_relu_with_mask(
+    params: bytes,
+    x: _Array,
+    bias: _Array,
+    axis: int,
+    out: _Array | None,
+    mask: _Array | None,
+    /,
+) -> tuple[_Array, Mask]: ...
+def bias_relu_backward(
+    params: bytes,
+    dy: _Array,
+    mask: _Array,
+    axes: _Axes,
+    axis: int,
+    dtype: np.dtype[Any],
+    out: _Array | None,
+    /,
+) -> tuple[_Array, _Array]: ...
 def prelu(
     values: _Array | None, x: _Array | None, slopes: _Array, out: _Array | None, /
 ) -> _Array: ...

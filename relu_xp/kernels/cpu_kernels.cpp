@@ -60,23 +60,36 @@ inline std::size_t smaller(std::size_t a, std::size_t b) { return a < b ? a : b;
 
 // ---- Formats ------------------------------------------------------------------------------------
 
+// Of two NaN the first: of a mere sum compilers may swap the operands.
+template <class T>
+inline T add(T a, T b) {
+  return a + (__builtin_isnan(a) ? T(0) : b);
+}
+
 struct Float32 : Format<std::uint32_t, std::int32_t, 32, 8> {
-  using Wide = float;                               // the type that computes
-  static constexpr bool multiply_keeps_nan = true;  // as the processor's multiplications do
+  using Wide = float;                      // the type that computes
+  static constexpr bool keeps_nan = true;  // as the processor's multiplications do
   static Word multiply(Word a, Word b) {
     return bit_cast<Word>(bit_cast<float>(a) * bit_cast<float>(b));
+  }
+  static Word add(Word a, Word b) {
+    return bit_cast<Word>(relu_xp::add(bit_cast<float>(a), bit_cast<float>(b)));
   }
 };
 
 struct Float64 : Format<std::uint64_t, std::int64_t, 64, 11> {
   using Wide = double;
-  static constexpr bool multiply_keeps_nan = true;
+  static constexpr bool keeps_nan = true;
   static Word multiply(Word a, Word b) {
     return bit_cast<Word>(bit_cast<double>(a) * bit_cast<double>(b));
   }
+  static Word add(Word a, Word b) {
+    return bit_cast<Word>(relu_xp::add(bit_cast<double>(a), bit_cast<double>(b)));
+  }
 };
 
-// 16-bit numbers are multiplied in float32, where their products are exact, a block at a time.
+// 16-bit numbers are multiplied in float32, where their products are exact, and added there, where
+// a sum is exact or has more than twice their precision: a block at a time.
 struct BFloat16 : Format<std::uint16_t, std::int16_t, 16, 8, false> {
   using Wide = float;
 };
@@ -520,6 +533,131 @@ inline const WordOf<F>* input(const Block& block, int which, std::size_t start) 
   return at;
 }
 
+// ---- A bias -------------------------------------------------------------------------------------
+
+// Writes x + bias, rounded once, for a block.
+template <class F>
+RELU_XP_ALWAYS_INLINE void add(const WordOf<F>* x, const WordOf<F>* bias, WordOf<F>* result,
+                               std::size_t n) {
+  if constexpr (is_16_bit<F>) {
+    alignas(kLine) float wide[kLanes<F>], wide_bias[kLanes<F>];
+    widen(x, wide, n, F());
+    widen(bias, wide_bias, n, F());
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) wide[i] = add(wide[i], wide_bias[i]);
+    narrow(wide, result, n, F());
+  } else {
+    RELU_XP_INDEPENDENT
+    for (std::size_t i = 0; i < n; ++i) result[i] = sum<F>(x[i], bias[i]);
+  }
+}
+
+// x + bias, computed where it is used.
+template <class F>
+struct Sum {
+  const WordOf<F>*x, *bias;
+  WordOf<F> operator[](std::size_t i) const { return sum<F>(x[i], bias[i]); }
+};
+
+// The input of an activation, in blocks one after the other: x, or x + bias. If `in_place`, the sum
+// is computed where it is used, once; otherwise it is written to a buffer first.
+template <class F, bool in_place>
+class BiasInput {
+ public:
+  using Word = WordOf<F>;
+
+  explicit BiasInput(const Block& block) : block_(block), bias_(block.bias) {
+    if (bias_.data == nullptr) return;
+    channel_ = block.first / bias_.run % bias_.channels;
+    at_ = block.first % bias_.run;
+    if (repeats()) {  // often enough that any block has its bias in one piece
+      for (std::size_t i = 0; i < bias_.channels + kLanes<F>; ++i) {
+        repeated_[i] = data()[i % bias_.channels];
+      }
+    }
+  }
+
+  // Calls function(x) for the next n elements.
+  template <class Function>
+  RELU_XP_ALWAYS_INLINE void next(std::size_t start, std::size_t n, Function function) {
+    const Word* x = input<F>(block_, 0, start);
+    if (bias_.data == nullptr) return function(x);
+    const Word* bias = next_bias(n);
+    if constexpr (in_place) {
+      function(Sum<F>{x, bias});
+    } else {
+      add<F>(x, bias, sum_, n);
+      function(static_cast<const Word*>(sum_));
+    }
+  }
+
+ private:
+  bool repeats() const { return bias_.run == 1 && bias_.channels < kLanes<F>; }
+  const Word* data() const { return reinterpret_cast<const Word*>(bias_.data); }
+
+  const Word* next_bias(std::size_t n) {
+    const std::size_t channel = channel_;
+    if (repeats()) {
+      channel_ = (channel + n) % bias_.channels;
+      return repeated_ + channel;
+    }
+    if (bias_.run == 1 && channel + n <= bias_.channels) {
+      channel_ = channel + n == bias_.channels ? 0 : channel + n;
+      return data() + channel;
+    }
+    for (std::size_t i = 0; i < n;) {
+      if (bias_.run == 1) {
+        const std::size_t count = smaller(n - i, bias_.channels - channel_);
+        memcpy(repeated_ + i, data() + channel_, count * sizeof(Word));
+        i += count;
+        channel_ = channel_ + count == bias_.channels ? 0 : channel_ + count;
+        continue;
+      }
+      const std::size_t count = smaller(n - i, bias_.run - at_);
+      const Word word = data()[channel_];
+      for (std::size_t k = i; k < i + count; ++k) repeated_[k] = word;
+      i += count;
+      at_ += count;
+      if (at_ == bias_.run) {
+        at_ = 0;
+        channel_ = channel_ + 1 == bias_.channels ? 0 : channel_ + 1;
+      }
+    }
+    return repeated_;
+  }
+
+  const Block& block_;
+  const Bias bias_;
+  std::size_t channel_ = 0, at_ = 0;  // of the next element: its channel, its place in the run
+  alignas(kLine) Word repeated_[2 * kLanes<F>];
+  alignas(kLine) Word sum_[kLanes<F>];
+};
+
+// Adds the elements of a block, in double precision, to the sums of a backward pass.
+template <class F>
+RELU_XP_ALWAYS_INLINE void add_to_sums(const Block& block, const WordOf<F>* dx, std::size_t start,
+                                       std::size_t n) {
+  using Wide = typename F::Wide;
+  Wide wide[is_16_bit<F> ? kLanes<F> : 1];
+  if constexpr (is_16_bit<F>) widen(dx, wide, n, F());
+  std::size_t at = start % block.num_sums;
+  for (std::size_t i = 0; i < n;) {
+    const std::size_t count = smaller(n - i, block.num_sums - at);
+    double* sums = block.sums + at;
+    if constexpr (is_16_bit<F>) {
+      const Wide* terms = wide + i;
+      RELU_XP_INDEPENDENT
+      for (std::size_t k = 0; k < count; ++k) sums[k] += terms[k];
+    } else {
+      const WordOf<F>* terms = dx + i;
+      RELU_XP_INDEPENDENT
+      for (std::size_t k = 0; k < count; ++k) sums[k] += bit_cast<Wide>(terms[k]);
+    }
+    i += count;
+    at = 0;
+  }
+}
+
 // ---- The function with four parameters ----------------------------------------------------------
 
 // One activation in one format, and the products of a block.
@@ -535,13 +673,16 @@ class Activation {
   // Whether products are computed in the loop that uses them, or before it for the whole block. GCC
   // vectorizes such a loop only where its length is a constant.
   static constexpr bool inline_products = variant == kLeaky && !is_16_bit<F>;
+  using Input = BiasInput<F, !has_a && !is_16_bit<F>>;  // without products: in one loop
 
   explicit Activation(const Params& params)
       : rule_(static_cast<Word>(params.threshold), static_cast<Word>(params.max_value)),
         a_(static_cast<Word>(params.negative_slope)),
         b_(static_cast<Word>(params.positive_slope)) {}
 
-  RELU_XP_ALWAYS_INLINE void forward(const Word* x, Word* y, std::size_t n) {
+  // `x` is an array of words, or a `Sum`.
+  template <class X>
+  RELU_XP_ALWAYS_INLINE void forward(X x, Word* y, std::size_t n) {
     const Rule rule = rule_;
     const Word* low = multiply_low(x, n);
     const Word* high = multiply_high(x, n);
@@ -551,7 +692,8 @@ class Activation {
     }
   }
 
-  RELU_XP_ALWAYS_INLINE void forward(const Word* x, Word* y, Word* branches, std::size_t n) {
+  template <class X>
+  RELU_XP_ALWAYS_INLINE void forward(X x, Word* y, Word* branches, std::size_t n) {
     const Rule rule = rule_;
     const Word* low = multiply_low(x, n);
     const Word* high = multiply_high(x, n);
@@ -584,7 +726,8 @@ class Activation {
 
  private:
   // a * value of a block, or zeros.
-  const Word* multiply_low(const Word* value, std::size_t n) {
+  template <class Values>
+  const Word* multiply_low(Values value, std::size_t n) {
     if constexpr (has_a && !inline_products) {
       if (!general || a_ != 0) multiply(a_, value, low_, n, F());
       return low_;
@@ -592,13 +735,15 @@ class Activation {
     return nullptr;
   }
 
-  Word low_at(const Word* low, const Word* value, std::size_t i) const {
+  template <class Values>
+  Word low_at(const Word* low, Values value, std::size_t i) const {
     if constexpr (inline_products) return product<F>(a_, value[i]);
     return has_a ? low[i] : Word(0);
   }
 
   // b * value of a block, or the values themselves.
-  const Word* multiply_high(const Word* value, std::size_t n) {
+  template <class Values>
+  const Word* multiply_high(Values value, std::size_t n) {
     if constexpr (has_b) {
       if (b_ == F::one) return value;
       multiply(b_, value, high_, n, F());
@@ -617,36 +762,43 @@ template <class F, Variant variant>
 void forward(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
   // Without products all elements can be one block (100,000 float32 with SSE: 9 us, else 14).
-  if (!activation.has_a && !block.stream && block.prefetch == 0) {
+  if (!activation.has_a && !block.stream && block.prefetch == 0 && block.bias.data == nullptr) {
     auto* y = reinterpret_cast<WordOf<F>*>(block.out);
     return activation.forward(input<F>(block, 0, 0), y, block.count);
   }
+  typename Activation<F, variant>::Input inputs(block);
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-        activation.forward(input<F>(block, 0, start), y, n);
+        inputs.next(start, n,
+                    [&](auto x) __attribute__((always_inline)) { activation.forward(x, y, n); });
       });
 }
 
 template <class F, Variant variant>
 void forward_bits(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
+  typename Activation<F, variant>::Input inputs(block);
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
-        const WordOf<F>* x = input<F>(block, 0, start);
         Branches<F> branches;
-        activation.forward(x, y, branches.words, n);
-        pack<F>(branches, block.mask, start, n);
+        inputs.next(start, n, [&](auto x) __attribute__((always_inline)) {
+          activation.forward(x, y, branches.words, n);
+        });
+        pack<F>(branches, block.mask, block.first + start, n);
       });
 }
 
 template <class F, Variant variant>
 void branches(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
+  BiasInput<F, false> inputs(block);
   for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
     const std::size_t n = smaller(kLanes<F>, block.count - start);
     WordOf<F> words[kLanes<F>];
-    activation.branches(input<F>(block, 0, start), words, n);
-    to_bytes(words, block.mask + start, n);
+    inputs.next(start, n, [&](const WordOf<F>* x) __attribute__((always_inline)) {
+      activation.branches(x, words, n);
+    });
+    to_bytes(words, block.mask + block.first + start, n);
   }
 }
 
@@ -657,11 +809,12 @@ void backward(const Params& params, const Block& block) {
       block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
         Branches<F> branches;
         if constexpr (bits) {
-          unpack<F>(block.mask, start, branches, n);
+          unpack<F>(block.mask, block.first + start, branches, n);
         } else {
-          from_bytes(block.mask + start, branches.words, n);
+          from_bytes(block.mask + block.first + start, branches.words, n);
         }
         activation.backward(branches.words, input<F>(block, 0, start), dx, n);
+        if (block.sums != nullptr) add_to_sums<F>(block, dx, start, n);
       });
 }
 
@@ -687,7 +840,7 @@ void prelu(const Params& /*params*/, const Block& block) {
         const Word* slope = input<F>(block, 1, start);
         const Word* x = from_mask ? nullptr : input<F>(block, 2, start);
         Word low[kLanes<F>], branches[kLanes<F>];
-        if constexpr (from_mask) from_bytes(block.mask + start, branches, n);
+        if constexpr (from_mask) from_bytes(block.mask + block.first + start, branches, n);
         if constexpr (is_16_bit<F>) multiply(slope, value, low, n, F());
         RELU_XP_INDEPENDENT
         for (std::size_t i = 0; i < n; ++i) {

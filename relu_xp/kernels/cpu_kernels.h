@@ -36,15 +36,26 @@ struct Params {
 };
 static_assert(sizeof(Params) == 40, "struct.pack writes 40 bytes");
 
+// A bias along one axis: element k of an array belongs to channel k / run % channels.
+struct Bias {
+  const char* data = nullptr;  // a word for each channel; null if there is no bias
+  std::size_t channels = 1;
+  std::size_t run = 1;
+};
+
 // `count` contiguous elements; each operand is aligned to its elements. An output may be the very
 // memory of an input, and overlaps none otherwise.
 struct Block {
   char* out;
   const char* in[3];
-  unsigned char* mask;  // bits, which begin at a byte, or bytes
+  unsigned char* mask;  // bits or bytes, that of the block's first element at index `first`
+  std::size_t first;    // index of that element, in the mask and for the bias
   std::size_t count;
   bool stream;        // write past the caches: `out` is no input, and larger than they are
   unsigned prefetch;  // a bit for each input that is larger than the caches
+  Bias bias;          // which a forward pass, and kBranches, add to x
+  double* sums;       // to which a backward pass adds dx, element i to sums[i % num_sums]; or null
+  std::size_t num_sums;
 };
 
 using Kernel = void (*)(const Params&, const Block&);

@@ -13,11 +13,14 @@
 #include <numpy/arrayobject.h>
 
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "cpu_kernels.h"
+#include "gradient_sums.h"
 #include "prelu.h"
 #include "strided.h"
 #include "thread_pool.h"
@@ -31,7 +34,8 @@ namespace {
 static_assert(NPY_BYTE_ORDER == NPY_LITTLE_ENDIAN, "masks are packed on little-endian processors");
 static_assert(NPY_MAXDIMS == kMaxDims && std::is_same_v<npy_intp, std::ptrdiff_t>);
 static_assert(std::is_trivially_destructible_v<Job> &&
-              std::is_trivially_destructible_v<WeightGrad>);
+              std::is_trivially_destructible_v<WeightGrad> &&
+              std::is_trivially_destructible_v<BiasGrad>);
 
 using Arguments = PyObject* const*;
 
@@ -104,13 +108,19 @@ void run_task(ThreadPool::Task task, void* context, std::size_t count, std::size
   PyEval_RestoreThread(state);
 }
 
-// Runs a job and returns its output.
-PyObject* execute(Job& job, PyArrayObject* out, ThreadPool::Task task = run_job) {
+// Sets how a job accesses memory; returns the bytes of its output.
+Py_ssize_t set_access(Job& job) {
   const auto nbytes = static_cast<Py_ssize_t>(job.size * job.operands[0].itemsize);
   bool in_place = false;
   for (int i = 1; i < job.count; ++i) in_place |= job.operands[i].data == job.operands[0].data;
   job.stream = nbytes >= limits.stream && !in_place;
   job.prefetch = nbytes >= limits.threads;
+  return nbytes;
+}
+
+// Runs a job and returns its output.
+PyObject* execute(Job& job, PyArrayObject* out, ThreadPool::Task task = run_job) {
+  const Py_ssize_t nbytes = set_access(job);
   if (job.size > 0) run_task(task, &job, job.size, kStep, kPart, nbytes);
   return reinterpret_cast<PyObject*>(out);
 }
@@ -267,9 +277,42 @@ bool parse_axes(PyObject* object, PyArrayObject* array, int* axes) {
   return valid;
 }
 
+// An axis of `array`, or -1 if the object is none.
+int parse_axis(PyObject* object, PyArrayObject* array) {
+  const long axis = PyLong_Check(object) ? PyLong_AsLong(object) : -1;
+  if (axis >= 0 && axis < PyArray_NDIM(array)) return static_cast<int>(axis);
+  if (PyErr_Occurred() == nullptr) PyErr_SetString(PyExc_ValueError, "there is no such axis");
+  return -1;
+}
+
+// A new reference to a contiguous bias along an axis of `x`.
+PyArrayObject* parse_bias(PyObject* object, PyArrayObject* x, int axis) {
+  PyArrayObject* bias = parse_array(object, "bias", dtype_of(x));
+  if (bias == nullptr) return nullptr;
+  if (PyArray_NDIM(bias) != 1 || PyArray_DIM(bias, 0) != PyArray_DIM(x, axis)) {
+    PyErr_SetString(PyExc_ValueError, "bias must be 1-D and as long as the axis of x");
+    return nullptr;
+  }
+  return reinterpret_cast<PyArrayObject*>(
+      PyArray_FromArray(bias, nullptr, NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED));
+}
+
+// The bias of a job whose elements are in the order of `axes`.
+Bias bias_of(PyArrayObject* bias, PyArrayObject* x, int axis, const int* axes) {
+  Bias result;
+  result.data = PyArray_BYTES(bias);
+  result.channels = static_cast<std::size_t>(PyArray_DIM(x, axis));
+  for (int i = PyArray_NDIM(x) - 1; i >= 0; --i) {
+    const int behind = axes == nullptr ? i : axes[i];
+    if (behind == axis) break;
+    result.run *= static_cast<std::size_t>(PyArray_DIM(x, behind));
+  }
+  return result;
+}
+
 // ---- The four passes ----------------------------------------------------------------------------
 
-// forward(params, x, out)
+// forward(params, x, out), for any dtype
 PyObject* forward(Arguments args) {
   const Params* params = parse_params(args[0], kDtypes);
   PyArrayObject* x = params == nullptr ? nullptr : parse_array(args[1], "x", params->dtype);
@@ -283,6 +326,31 @@ PyObject* forward(Arguments args) {
   add_operand(job, x);
   lay_out(job);
   return execute(job, out);
+}
+
+// bias_relu(params, x, bias, axis, out)
+PyObject* bias_relu(Arguments args) {
+  const Params* params = parse_params(args[0]);
+  PyArrayObject* x = params == nullptr ? nullptr : parse_array(args[1], "x", params->dtype);
+  const int axis = x == nullptr ? -1 : parse_axis(args[3], x);
+  PyArrayObject* bias = axis < 0 ? nullptr : parse_bias(args[2], x, axis);
+  if (bias == nullptr) return nullptr;
+  PyArrayObject* out = parse_out(args[4], x, PyArray_DESCR(x));
+  PyObject* result = nullptr;
+  if (out != nullptr) {
+    Job job;
+    job.kernel = kernel_of(*params, kForward);
+    job.params = params;
+    add_operand(job, out);
+    add_operand(job, x);
+    int permutation[NPY_MAXDIMS];
+    const int* axes = memory_order(job.operands[1], permutation) ? permutation : nullptr;
+    job.bias = bias_of(bias, x, axis, axes);
+    lay_out(job, axes);
+    result = execute(job, out);
+  }
+  Py_DECREF(bias);
+  return result;
 }
 
 // The tuple (out, Mask(mask, axes)), which takes over the references to both arrays.
@@ -314,17 +382,15 @@ PyObject* forward_result(PyArrayObject* out, PyArrayObject* mask, const int* axe
   return result;
 }
 
-// forward_with_mask(params, x, out, mask): (y, Mask)
-PyObject* forward_with_mask(Arguments args) {
-  const Params* params = parse_params(args[0]);
-  PyArrayObject* x = params == nullptr ? nullptr : parse_array(args[1], "x", params->dtype);
-  if (x == nullptr) return nullptr;
+// (y, Mask), of x plus a bias if that is not null
+PyObject* run_with_mask(const Params* params, PyArrayObject* x, PyArrayObject* bias, int axis,
+                        PyObject* out_object, PyObject* mask_object) {
   PyArrayObject* mask;
-  if (args[3] == Py_None) {
+  if (mask_object == Py_None) {
     npy_intp nbytes = mask_nbytes(*params, PyArray_SIZE(x));
     mask = reinterpret_cast<PyArrayObject*>(PyArray_SimpleNew(1, &nbytes, NPY_UINT8));
   } else {
-    mask = parse_mask(args[3], *params, PyArray_SIZE(x));
+    mask = parse_mask(mask_object, *params, PyArray_SIZE(x));
     if (mask != nullptr && !PyArray_ISWRITEABLE(mask)) {
       PyErr_SetString(PyExc_ValueError, "mask is read-only");
       return nullptr;
@@ -332,7 +398,7 @@ PyObject* forward_with_mask(Arguments args) {
     Py_XINCREF(mask);
   }
   if (mask == nullptr) return nullptr;
-  PyArrayObject* out = parse_out(args[2], x, PyArray_DESCR(x));
+  PyArrayObject* out = parse_out(out_object, x, PyArray_DESCR(x));
   if (out == nullptr) {
     Py_DECREF(mask);
     return nullptr;
@@ -353,32 +419,132 @@ PyObject* forward_with_mask(Arguments args) {
     job.branches_params = params;
   } else {
     job.kernel = kernel_of(*params, kForwardBits);
-    job.mask_bits = 1;
   }
+  if (bias != nullptr) job.bias = bias_of(bias, x, axis, axes);
   lay_out(job, axes);
   execute(job, out);
   return result;
 }
 
-// backward(params, dy, mask, axes, out)
-PyObject* backward(Arguments args) {
+// forward_with_mask(params, x, out, mask)
+PyObject* forward_with_mask(Arguments args) {
+  const Params* params = parse_params(args[0]);
+  PyArrayObject* x = params == nullptr ? nullptr : parse_array(args[1], "x", params->dtype);
+  return x == nullptr ? nullptr : run_with_mask(params, x, nullptr, 0, args[2], args[3]);
+}
+
+// bias_relu_with_mask(params, x, bias, axis, out, mask)
+PyObject* bias_relu_with_mask(Arguments args) {
+  const Params* params = parse_params(args[0]);
+  PyArrayObject* x = params == nullptr ? nullptr : parse_array(args[1], "x", params->dtype);
+  const int axis = x == nullptr ? -1 : parse_axis(args[3], x);
+  PyArrayObject* bias = axis < 0 ? nullptr : parse_bias(args[2], x, axis);
+  if (bias == nullptr) return nullptr;
+  PyObject* result = run_with_mask(params, x, bias, axis, args[4], args[5]);
+  Py_DECREF(bias);
+  return result;
+}
+
+// Lays out the job of backward(params, dy, mask, axes, out), and returns its output.
+PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job) {
   const Params* params = parse_params(args[0]);
   PyArrayObject* dy = params == nullptr ? nullptr : parse_array(args[1], "dy", params->dtype);
   PyArrayObject* mask = dy == nullptr ? nullptr : parse_mask(args[2], *params, PyArray_SIZE(dy));
   int permutation[NPY_MAXDIMS];
   const int* axes = args[3] == Py_None ? nullptr : permutation;
   if (mask == nullptr || (axes != nullptr && !parse_axes(args[3], dy, permutation))) return nullptr;
-  PyArrayObject* out = parse_out(args[4], dy, PyArray_DESCR(dy), axes);
+  PyArrayObject* out = parse_out(out_object, dy, PyArray_DESCR(dy), axes);
   if (out == nullptr) return nullptr;
-  Job job;
   job.kernel = kernel_of(*params, params->three_branches != 0 ? kBackwardBytes : kBackwardBits);
   job.params = params;
   job.mask = static_cast<unsigned char*>(PyArray_DATA(mask));
-  job.mask_bits = params->three_branches != 0 ? 8 : 1;
   add_operand(job, out);
   add_operand(job, dy);
   lay_out(job, axes);
-  return execute(job, out);
+  return out;
+}
+
+// backward(params, dy, mask, axes, out)
+PyObject* backward(Arguments args) {
+  Job job;
+  PyArrayObject* out = prepare_backward(args, args[4], job);
+  return out == nullptr ? nullptr : execute(job, out);
+}
+
+// Runs the parts of a WeightGrad or a BiasGrad, and adds their sums to `total`; returns false if
+// there was no memory.
+template <class Grad>
+bool add_gradient(Grad& grad, double* total, Py_ssize_t nbytes) {
+  const auto count = static_cast<std::size_t>(grad.num_partial_sums());
+  auto* partial_sums = static_cast<double*>(PyMem_RawMalloc(count * sizeof(double)));
+  if (partial_sums == nullptr) return false;
+  grad.set_partial_sums(partial_sums);
+  run_task(Grad::run, &grad, static_cast<std::size_t>(grad.units()), 1, 1, nbytes);
+  const bool done = grad.add_parts(total);
+  PyMem_RawFree(partial_sums);
+  return done;
+}
+
+// Sums in their final dtype, float32 or float64: one NaN stands for all of them. Takes over the
+// reference.
+PyObject* finish_sums(PyObject* sums, bool narrow) {
+  auto* array = reinterpret_cast<PyArrayObject*>(sums);
+  auto* numbers = static_cast<double*>(PyArray_DATA(array));
+  npy_intp count = PyArray_SIZE(array);
+  for (npy_intp i = 0; i < count; ++i) {
+    if (std::isnan(numbers[i])) numbers[i] = std::numeric_limits<double>::quiet_NaN();
+  }
+  if (!narrow) return sums;
+  PyObject* result = PyArray_SimpleNew(1, &count, NPY_FLOAT32);
+  if (result != nullptr) {
+    auto* to = static_cast<float*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(result)));
+    for (npy_intp i = 0; i < count; ++i) to[i] = static_cast<float>(numbers[i]);
+  }
+  Py_DECREF(sums);
+  return result;
+}
+
+// bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
+// The sum has the dtype if that is float32, else float64.
+PyObject* bias_relu_backward(Arguments args) {
+  Job job;
+  PyArrayObject* out = prepare_backward(args, args[6], job);
+  if (out == nullptr) return nullptr;
+  const int axis = parse_axis(args[4], out);
+  npy_intp channels = axis < 0 ? 0 : PyArray_DIM(out, axis);
+  PyObject* sums = axis < 0 ? nullptr : PyArray_ZEROS(1, &channels, NPY_FLOAT64, 0);
+  if (sums == nullptr) {
+    Py_DECREF(out);
+    return nullptr;
+  }
+  const Operand *dx = job.operands, *dy = dx + 1;
+  // Otherwise dx is read again, in the order of C.
+  const bool one_pass = args[3] == Py_None && dx->c_contiguous && dy->c_contiguous;
+  if (!one_pass) execute(job, out);
+  BiasGrad grad(job.params, one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kToDouble));
+  add_operand(grad.job(), out);
+  if (one_pass) grad.job().operands[grad.job().count++] = *dy;
+  lay_out(grad.job(), nullptr);
+  const auto nbytes = set_access(grad.job());
+  grad.set_mask(job.mask);
+  bool done = true;
+  if (PyArray_SIZE(out) > 0) {
+    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis);
+    auto* total = static_cast<double*>(PyArray_DATA(reinterpret_cast<PyArrayObject*>(sums)));
+    done = add_gradient(grad, total, nbytes);
+  }
+  if (!done) {
+    Py_DECREF(out);
+    Py_DECREF(sums);
+    return PyErr_NoMemory();
+  }
+  const bool narrow = PyArray_DescrCheck(args[5]) &&
+                      reinterpret_cast<PyArray_Descr*>(args[5])->type_num == NPY_FLOAT32;
+  sums = finish_sums(sums, narrow);
+  PyObject* result = sums == nullptr ? nullptr : PyTuple_Pack(2, out, sums);
+  Py_XDECREF(sums);
+  Py_DECREF(out);
+  return result;
 }
 
 // backward_from_input(params, grad_params, dy, x, out). With None for dy: ones of the dtype of x.
@@ -483,17 +649,8 @@ PyObject* prelu_weight_grad(Arguments args) {
   add_operand(grad.job(), x);
   lay_out(grad.job(), nullptr);
   grad.set_shape(PyArray_DIMS(total));
-  const auto nbytes = static_cast<std::size_t>(grad.num_partial_sums()) * sizeof(double);
-  auto* partial_sums = static_cast<double*>(PyMem_RawMalloc(nbytes));
-  bool done = partial_sums != nullptr;
-  if (done) {
-    grad.set_partial_sums(partial_sums);
-    run_task(WeightGrad::run, &grad, static_cast<std::size_t>(grad.parts()), 1, 1,
-             PyArray_SIZE(x) * static_cast<Py_ssize_t>(sizeof(double)));
-    done = grad.add_parts(static_cast<double*>(PyArray_DATA(total)));
-    PyMem_RawFree(partial_sums);
-  }
-  if (done) return result;
+  const auto nbytes = PyArray_SIZE(x) * static_cast<Py_ssize_t>(sizeof(double));
+  if (add_gradient(grad, static_cast<double*>(PyArray_DATA(total)), nbytes)) return result;
   Py_DECREF(result);
   return PyErr_NoMemory();
 }
@@ -532,18 +689,19 @@ PyObject* elementwise(Arguments args) {
 
 // ---- Other functions ----------------------------------------------------------------------------
 
-// is_valid_out(out, like, other): whether all are contiguous arrays of one dtype and shape, and
-// `out` may be written and is the very array `like` or `other`, or shares no memory with them. A
-// fast check: an array that fails it may be valid all the same.
+// is_valid_out(out, like, other): whether all are contiguous arrays, `out` has the dtype and shape
+// of `like`, may be written, and is the very array `like` or `other`, or shares no memory with
+// them. A fast check: an array that fails it may be valid all the same.
 PyObject* is_valid_out(Arguments args) {
   PyArrayObject* arrays[3];
   for (int i = 0; i < 3; ++i) {
     if (!PyArray_Check(args[i])) Py_RETURN_FALSE;
     arrays[i] = reinterpret_cast<PyArrayObject*>(args[i]);
-    if (!PyArray_ISCARRAY_RO(arrays[i]) || PyArray_DESCR(arrays[i]) != PyArray_DESCR(arrays[0]) ||
-        !PyArray_SAMESHAPE(arrays[i], arrays[0])) {
-      Py_RETURN_FALSE;
-    }
+    if (!PyArray_ISCARRAY_RO(arrays[i])) Py_RETURN_FALSE;
+  }
+  if (PyArray_DESCR(arrays[0]) != PyArray_DESCR(arrays[1]) ||
+      !PyArray_SAMESHAPE(arrays[0], arrays[1])) {
+    Py_RETURN_FALSE;
   }
   if (!PyArray_ISWRITEABLE(arrays[0]) || Py_TYPE(args[0]) != Py_TYPE(args[1])) Py_RETURN_FALSE;
   const char* out = PyArray_BYTES(arrays[0]);
@@ -610,6 +768,9 @@ PyMethodDef methods[] = {
     method<forward_with_mask, 4>("forward_with_mask"),
     method<backward, 5>("backward"),
     method<backward_from_input, 5>("backward_from_input"),
+    method<bias_relu, 5>("bias_relu"),
+    method<bias_relu_with_mask, 6>("bias_relu_with_mask"),
+    method<bias_relu_backward, 7>("bias_relu_backward"),
     method<prelu, 4>("prelu"),
     method<prelu_weight_grad, 3>("prelu_weight_grad"),
     method<elementwise<kSquaredRelu, 1>, 2>("squared_relu"),

@@ -7,8 +7,9 @@
 // -ftz=true, which would flush them).
 //
 // The file that includes this one first defines RELU_XP_INLINE, what stands before a function
-// (`__device__` or `inline`), and derives each of its formats from `Format` below, with a static
-// member function `Word multiply(Word, Word)`: the product of two numbers, rounded once.
+// (`__device__` or `inline`), and derives each of its formats from `Format` below, with static
+// member functions `Word multiply(Word, Word)` and `Word add(Word, Word)`: the product and the sum
+// of two numbers, rounded once.
 
 namespace relu_xp {
 // Unnamed, so that every translation unit has its own: the CPU kernels are compiled once for each
@@ -30,8 +31,8 @@ struct Format {
   static constexpr Word quiet = static_cast<Word>(sign >> (exponent_bits + 1));
   // Whether a product keeps the payload of a NaN. ml_dtypes' bfloat16 keeps its sign alone.
   static constexpr bool keeps_payload = payload;
-  // Whether `multiply` does that by itself.
-  static constexpr bool multiply_keeps_nan = false;
+  // Whether `multiply` does that by itself, and `add` with the first NaN.
+  static constexpr bool keeps_nan = false;
 };
 
 template <class F>
@@ -69,7 +70,14 @@ RELU_XP_INLINE WordOf<F> keep_nan(WordOf<F> x, WordOf<F> result) {
 template <class F>
 RELU_XP_INLINE WordOf<F> product(WordOf<F> slope, WordOf<F> x) {
   const WordOf<F> result = F::multiply(slope, x);
-  return F::multiply_keeps_nan ? result : keep_nan<F>(x, result);
+  return F::keeps_nan ? result : keep_nan<F>(x, result);
+}
+
+// x + bias, rounded once. Of two NaN it is x.
+template <class F>
+RELU_XP_INLINE WordOf<F> sum(WordOf<F> x, WordOf<F> bias) {
+  const WordOf<F> result = F::add(x, bias);
+  return F::keeps_nan ? result : keep_nan<F>(x, keep_nan<F>(bias, result));
 }
 
 // The branches of the function: where x is, which decides about value and gradient.

@@ -200,9 +200,14 @@ void run_job(void* context, std::size_t begin, std::size_t end) {
       block.in[i - 1] = contiguous_elements(job, input, at, block.count, buffers[i], at > begin);
       if (job.prefetch && input.contiguous) block.prefetch |= 1u << (i - 1);
     }
-    if (job.mask != nullptr) block.mask = job.mask + at * job.mask_bits / 8;
+    block.mask = job.mask;
+    block.first = at;
+    block.bias = job.bias;
     if (job.branches != nullptr) {
-      if (job.mask == nullptr) block.mask = branches;
+      if (job.mask == nullptr) {
+        block.mask = branches;
+        block.first = 0;
+      }
       Block first = block;
       first.in[0] = block.in[job.branches_of - 1];
       first.prefetch = block.prefetch >> (job.branches_of - 1) & 1;

@@ -46,8 +46,8 @@ struct Job {
   Operand operands[4];  // the output, then the inputs
   int count = 0;        // of operands
   unsigned char* mask = nullptr;
-  unsigned mask_bits = 8;  // of an element: 1 or 8
-  bool stream = false;     // as in `Block`
+  Bias bias;
+  bool stream = false;  // as in `Block`
   bool prefetch = false;
 
   // What `lay_out` sets:

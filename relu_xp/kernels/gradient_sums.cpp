@@ -1,0 +1,229 @@
+#include "gradient_sums.h"
+
+#include <cstring>
+#include <memory>
+#include <new>
+
+namespace relu_xp {
+namespace {
+
+constexpr std::ptrdiff_t kPartElements = std::ptrdiff_t{1} << 16;
+constexpr std::ptrdiff_t kRow = 1024;  // elements that are summed side by side
+
+void add(double* total, const double* terms, std::ptrdiff_t count) {
+  active_kernels->add(total, terms, static_cast<std::size_t>(count));
+}
+
+// Adds `count` rows of `width` numbers up, in place: the last ones to the first ones, until one row
+// is left.
+void fold(double* rows, std::ptrdiff_t count, std::ptrdiff_t width) {
+  for (; count > 1; count -= count / 2) {
+    add(rows, rows + (count - count / 2) * width, count / 2 * width);
+  }
+}
+
+}  // namespace
+
+void WeightGrad::set_shape(const std::ptrdiff_t* sum_shape) {
+  const Operand& x = job_.operands[1];
+  rows_ = x.ndim == 0 ? 1 : x.array_shape[0];
+  row_size_ = static_cast<std::ptrdiff_t>(x.size) / rows_;
+  step_ = std::min(rows_, std::max<std::ptrdiff_t>(1, kPartElements / row_size_));
+  row_sums_ = 1;
+  for (int axis = 0; axis < x.ndim; ++axis) {
+    summed_[axis] = sum_shape[axis] == 1;
+    if (axis > 0) row_sums_ *= sum_shape[axis];
+  }
+  rows_summed_ = x.ndim > 0 && summed_[0];
+  part_sums_ = rows_summed_ ? row_sums_ : step_ * row_sums_;
+}
+
+std::ptrdiff_t WeightGrad::rows_of(std::ptrdiff_t part) const {
+  return std::min(step_, rows_ - part * step_);
+}
+
+void WeightGrad::write_terms(std::ptrdiff_t first, std::ptrdiff_t count, double* terms) const {
+  alignas(64) char buffer[kBufferBytes];
+  alignas(64) double x[kGathered];
+  const Params unused{};
+  for (std::ptrdiff_t done = 0; done < count; done += kGathered) {
+    Block block{};
+    block.count = std::min(kGathered, static_cast<std::size_t>(count - done));
+    double* const to[] = {terms + done, x};
+    const Kernel to_double[] = {dy_to_double_, x_to_double_};
+    for (int i = 0; i < 2; ++i) {
+      const Operand& operand = job_.operands[i];
+      block.in[0] = contiguous_elements(job_, operand, static_cast<std::size_t>(first + done),
+                                        block.count, buffer);
+      block.out = reinterpret_cast<char*>(to[i]);
+      to_double[i](unused, block);
+    }
+    active_kernels->weight_grad_terms(terms + done, x, block.count);
+  }
+}
+
+// Sums `terms` along the axes that are summed, in place; returns how many sums there are.
+std::ptrdiff_t WeightGrad::reduce(std::ptrdiff_t rows, double* terms) const {
+  std::ptrdiff_t outer = 1, inner = rows * row_size_;
+  for (int axis = 0; axis < job_.operands[1].ndim; ++axis) {
+    const std::ptrdiff_t length = axis == 0 ? rows : job_.operands[1].array_shape[axis];
+    inner /= length;
+    if (!summed_[axis]) {
+      outer *= length;
+      continue;
+    }
+    for (std::ptrdiff_t i = 0; i < outer; ++i) {
+      double* row = terms + i * length * inner;
+      std::ptrdiff_t rest = length;
+      if (inner > 1) {
+        for (std::ptrdiff_t k = 1; k < length; ++k) add(row, row + k * inner, inner);
+      } else {
+        if (length > 2 * kRow) {
+          for (std::ptrdiff_t k = kRow; k < length; k += kRow) {
+            add(row, row + k, std::min(kRow, length - k));
+          }
+          rest = kRow;
+        }
+        fold(row, rest, 1);
+      }
+      std::memmove(terms + i * inner, row, static_cast<std::size_t>(inner) * sizeof(double));
+    }
+  }
+  return outer;
+}
+
+void WeightGrad::run(void* context, std::size_t begin, std::size_t end) {
+  auto& self = *static_cast<WeightGrad*>(context);
+  const auto size = static_cast<std::size_t>(self.step_ * self.row_size_);
+  const std::unique_ptr<double[]> terms(new (std::nothrow) double[size]);
+  if (terms == nullptr) {
+    self.no_memory_ = true;
+    return;
+  }
+  for (auto part = static_cast<std::ptrdiff_t>(begin); part < static_cast<std::ptrdiff_t>(end);
+       ++part) {
+    const std::ptrdiff_t rows = self.rows_of(part);
+    self.write_terms(part * self.step_ * self.row_size_, rows * self.row_size_, terms.get());
+    const std::ptrdiff_t count = self.reduce(rows, terms.get());
+    std::memcpy(self.partial_sums_ + part * self.part_sums_, terms.get(),
+                static_cast<std::size_t>(count) * sizeof(double));
+  }
+}
+
+bool WeightGrad::add_parts(double* total) const {
+  if (no_memory_) return false;
+  for (std::ptrdiff_t part = 0; part < units(); ++part) {
+    const std::ptrdiff_t count = rows_summed_ ? row_sums_ : rows_of(part) * row_sums_;
+    add(total, partial_sums_ + part * part_sums_, count);
+    if (!rows_summed_) total += count;
+  }
+  return true;
+}
+
+// ---- A bias -------------------------------------------------------------------------------------
+
+namespace {
+
+// 32 KiB of lanes stay in the first-level cache, or nearly; a row of a segment is long enough for
+// the processor's prefetcher.
+constexpr std::ptrdiff_t kLanes = 4096;
+constexpr std::ptrdiff_t kFewLanes = 512;  // from which on a line is one row
+// The sums of parts are at most a sixteenth of the elements; there are enough for the threads.
+constexpr std::ptrdiff_t kMinPartLines = 16, kMinPartSize = std::ptrdiff_t{1} << 15, kMaxParts = 64;
+
+std::ptrdiff_t divide_up(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
+  std::ptrdiff_t outer = 1;
+  inner_ = 1;
+  channels_ = shape[axis];
+  for (int i = 0; i < axis; ++i) outer *= shape[i];
+  for (int i = axis + 1; i < ndim; ++i) inner_ *= shape[i];
+  const std::ptrdiff_t row_size = channels_ * inner_;
+  size_ = outer * row_size;
+  rows_ = std::max<std::ptrdiff_t>(1, std::min(outer, kFewLanes / row_size));
+  line_size_ = rows_ * row_size;
+  lines_ = divide_up(outer, rows_);
+  segment_size_ = std::min(line_size_, std::max<std::ptrdiff_t>(1, kLanes / inner_) * inner_);
+  segments_ = divide_up(line_size_, segment_size_);
+  lanes_ = std::min(segment_size_, kLanes);
+  const std::ptrdiff_t wanted = std::min(kMaxParts, size_ / kMinPartSize) / segments_;
+  const std::ptrdiff_t most = std::min(wanted, lines_ / kMinPartLines);
+  part_lines_ = divide_up(lines_, std::max<std::ptrdiff_t>(1, most));
+  parts_ = divide_up(lines_, part_lines_);
+}
+
+// Adds elements to the lanes, the first one to the first lane; computes them, if both passes are
+// one.
+void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, double* lanes) const {
+  const auto position = static_cast<std::size_t>(first);
+  const Operand& dx = job_.operands[0];
+  Block block{};
+  if (job_.count == 2) {
+    const Operand& dy = job_.operands[1];
+    block.count = static_cast<std::size_t>(count);
+    block.in[0] = dy.data + position * dy.itemsize;
+    block.out = dx.data + position * dx.itemsize;
+    block.mask = mask_;
+    block.first = position;
+    block.stream = job_.stream;
+    block.prefetch = job_.prefetch ? 1 : 0;
+    block.sums = lanes;
+    block.num_sums = static_cast<std::size_t>(lanes_);
+    return backward_(*params_, block);
+  }
+  alignas(64) char buffer[kBufferBytes];
+  alignas(64) double numbers[kGathered];
+  for (std::ptrdiff_t done = 0, n = 0; done < count; done += n) {
+    n = std::min({static_cast<std::ptrdiff_t>(kGathered), count - done, lanes_ - done % lanes_});
+    block.count = static_cast<std::size_t>(n);
+    block.in[0] = contiguous_elements(job_, dx, position + static_cast<std::size_t>(done),
+                                      block.count, buffer);
+    block.out = reinterpret_cast<char*>(numbers);
+    backward_(*params_, block);
+    add(lanes + done % lanes_, numbers, n);
+  }
+}
+
+void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const {
+  std::fill_n(lanes, lanes_, 0.0);
+  const std::ptrdiff_t begin = part * part_lines_ * line_size_;
+  const std::ptrdiff_t end = std::min(begin + part_lines_ * line_size_, size_);
+  if (lanes_ == line_size_) {  // no lane begins anew with a line
+    add_elements(begin, end - begin, lanes);
+  } else {
+    for (std::ptrdiff_t line = begin; line < end; line += line_size_) {
+      const std::ptrdiff_t at = segment * segment_size_;
+      add_elements(line + at, std::min(segment_size_, line_size_ - at), lanes);
+    }
+  }
+  fold(lanes, rows_, lanes_ / rows_);
+  const std::ptrdiff_t folded = std::min(inner_, lanes_);  // of a channel
+  const std::ptrdiff_t first = segment * (segment_size_ / inner_);
+  const std::ptrdiff_t count = std::min(segment_size_ / rows_ / inner_, channels_ - first);
+  double* sums = partial_sums_ + part * channels_ + first;
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    fold(lanes + i * folded, folded, 1);
+    sums[i] = lanes[i * folded];
+  }
+}
+
+void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
+  const auto& self = *static_cast<const BiasGrad*>(context);
+  alignas(64) double lanes[kLanes];
+  for (auto unit = static_cast<std::ptrdiff_t>(begin); unit < static_cast<std::ptrdiff_t>(end);
+       ++unit) {
+    self.run_unit(unit / self.segments_, unit % self.segments_, lanes);
+  }
+}
+
+bool BiasGrad::add_parts(double* total) const {
+  for (std::ptrdiff_t part = 0; part < parts_; ++part) {
+    add(total, partial_sums_ + part * channels_, channels_);
+  }
+  return true;
+}
+
+}  // namespace relu_xp
