@@ -22,7 +22,7 @@ import relu_xp
 
 RATE, MOMENTUM = 0.05, 0.9
 THREADS = 2
-_BLOCK = 1 << 15  # parameters: with gradients and velocities they fit in a second-level cache
+_PART = 1 << 18  # parameters that a thread updates at least
 
 
 class BiasRelu:
@@ -65,8 +65,9 @@ class Textbook:
 class ArrayStep:
     """NumPy or CuPy, without autograd. Nothing large is allocated after the first step.
 
-    The parameters are views of one array, so that an update is a few operations for all of them;
-    on NumPy in blocks that stay in the caches, on two threads.
+    The parameters are views of one array, so that an update is three operations for all of them;
+    on NumPy for each half of many parameters, in a thread of its own. Gradients have the learning
+    rate as a factor, which saves the update a pass.
     """
 
     def __init__(
@@ -80,9 +81,9 @@ class ArrayStep:
         self._gradients, self._values = (list(_views(array, shapes)) for array in flat[1:])
         for value, w in zip(self._values[::2], weights, strict=True):
             value[...] = xp.asarray(w)
-        block = _BLOCK if xp is np else size
-        cuts = [slice(start, start + block) for start in range(0, size, block)]
-        self._blocks = [[array[cut] for array in flat] for cut in cuts]
+        part = max(_PART, -(-size // THREADS)) if xp is np else size
+        cuts = [slice(start, start + part) for start in range(0, size, part)]
+        self._parts = [[array[cut] for array in flat] for cut in cuts]
         self._pool = concurrent.futures.ThreadPoolExecutor(THREADS)
         widths = [w.shape[1] for w in weights]
         self._y = [xp.empty((count, width), xp.float32) for width in widths]
@@ -120,11 +121,13 @@ class ArrayStep:
             dy = self._backward_products(k, dy)
             dy, self._gradients[2 * k - 1][...] = self._layers[k - 1].backward(dy)
         self._backward_products(0, dy)
-        self._update()
+        others = [self._pool.submit(_update, *part) for part in self._parts[1:]]
+        _update(*self._parts[0])
+        concurrent.futures.wait(others)
         return loss
 
     def _cross_entropy(self, logits: Any) -> tuple[Any, Any]:
-        """Return the loss and its gradient for the logits, which are overwritten."""
+        """Return the loss, and its gradient for the logits times the learning rate."""
         xp, dy = self._xp, self._dy[-1]
         logits -= logits.max(axis=1, keepdims=True)
         xp.exp(logits, out=dy)
@@ -132,14 +135,8 @@ class ArrayStep:
         loss = (xp.log(sums).sum() - logits[self._labels].sum()) / len(dy)
         dy /= sums
         dy[self._labels] -= 1
-        dy /= len(dy)
+        dy *= RATE / len(dy)
         return loss, dy
-
-    def _update(self) -> None:
-        if len(self._blocks) == 1:
-            _update_blocks(self._blocks)
-        else:
-            list(self._pool.map(_update_blocks, [self._blocks[k::THREADS] for k in range(THREADS)]))
 
     def parameters(self) -> list[Any]:
         """Return weights and biases in turn."""
@@ -154,12 +151,10 @@ def _views(flat: Any, shapes: Sequence[tuple[int, ...]]) -> Iterator[Any]:
         start = end
 
 
-def _update_blocks(blocks: Sequence[Any]) -> None:
-    for velocity, gradient, value in blocks:
-        velocity *= MOMENTUM
-        velocity += gradient
-        np.multiply(velocity, RATE, out=gradient)
-        value -= gradient
+def _update(velocity: Any, gradient: Any, value: Any) -> None:
+    velocity *= MOMENTUM
+    velocity += gradient
+    value -= velocity
 
 
 class TorchStep:

@@ -1,9 +1,9 @@
 """``relu-xp train``: a small classifier of handwritten digits, on any array library.
 
 The network has 64 pixels, two hidden layers of 128 units with `relu_xp.bias_relu`, and 10 classes.
-All but two lines are the Python array API standard, in which ``+=`` is for every library. On NumPy,
-CuPy and PyTorch the parameters are views of one array, and so are their gradients: an update is
-four operations. The loss is read from the device once per epoch.
+They use the Python array API standard alone, in which ``+=`` is for every library; but on NumPy,
+CuPy and PyTorch the parameters are views of one array, and so are their gradients, which `matmul`
+writes there. An update is then four operations. The loss is read from the device once per epoch.
 
 Every random number is drawn with NumPy from one seed. Two runs with one seed give the same bits on
 one machine and library; different libraries differ by rounding alone.

@@ -64,12 +64,12 @@ def test_a_step_descends_along_the_gradient_of_the_loss(bench):
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block", [8, 1 << 20])
-def test_every_candidate_learns_the_same(bench, case, monkeypatch, require, block):
+@pytest.mark.parametrize("part", [8, 1 << 20])
+def test_every_candidate_learns_the_same(bench, case, monkeypatch, require, part):
     """But that torch.compile is not called: it takes seconds."""
     monkeypatch.setattr(require("torch"), "compile", lambda function, **options: function)
     require("jax")
-    monkeypatch.setattr(bench.training_steps, "_BLOCK", block)
+    monkeypatch.setattr(bench.training_steps, "_PART", part)
     runs, notes = bench.training._ready(bench.training.Processor(), case)
     assert notes == {}
     assert len(runs) == 9  # seven candidates, and the products of two
