@@ -26,12 +26,13 @@ from bench.report import Row, judged, progress
 from bench.training_steps import THREADS, ArrayStep, JaxStep, Textbook, TorchStep
 
 SMALL, WIDE = (64, 128, 128, 10), (784, 1024, 1024, 10)
-OURS, TORCH, COMPILED, JAX = "relu_xp", "PyTorch", "torch.compile", "JAX, jit"
+OURS, TEXTBOOK, TORCH, COMPILED = "relu_xp", "textbook's layers", "PyTorch", "torch.compile"
 OPTIMIZERS: dict[str, dict[str, bool]] = {  # of PyTorch eager, where the fastest counts
     TORCH: {},
     "PyTorch, SGD(foreach=True)": {"foreach": True},
     "PyTorch, SGD(fused=True)": {"fused": True},
 }
+MULTIPLIED_BY = {OURS: OURS, TEXTBOOK: OURS, **dict.fromkeys(OPTIMIZERS, TORCH)}
 PRODUCTS, REST = "matrix products of ", ", without its matrix products"
 COLUMNS = ("candidate", "us", "value", "share", "wanted", "reached", "note")
 STEPS = 3  # after which the candidates' losses and parameters are compared
@@ -91,10 +92,10 @@ class Processor:
         torch: Any = TorchStep
         return {
             OURS: ArrayStep,
-            "NumPy, textbook's layers": partial(ArrayStep, layer=Textbook),
+            TEXTBOOK: partial(ArrayStep, layer=Textbook),
             **{name: partial(torch, **options) for name, options in OPTIMIZERS.items()},
             COMPILED: partial(torch, compiled=True, fused=True),
-            JAX: JaxStep,
+            "JAX, jit": JaxStep,
         }
 
     seconds = staticmethod(warm_seconds)
@@ -117,7 +118,7 @@ class Accelerator(Device):
         torch: Any = partial(TorchStep, device="cuda")
         return {
             OURS: partial(ArrayStep, xp=self.xp),
-            "CuPy, textbook's layers": partial(ArrayStep, layer=Textbook, xp=self.xp),
+            TEXTBOOK: partial(ArrayStep, layer=Textbook, xp=self.xp),
             **{name: partial(torch, **options) for name, options in OPTIMIZERS.items()},
             COMPILED: partial(torch, compiled=True, fused=True),
         }
@@ -143,24 +144,26 @@ def _ready(device: Any, case: Case) -> tuple[dict[str, Run], dict[str, str]]:
     expected = [_expected(case, steps) for steps in (STEPS, 2 * STEPS)]
     for name, make in device.candidates().items():
         progress(f"{case}: {name}")
+        label = name
         try:
             it = make(*case.problem())
             losses = [float(it.step()) for _ in range(STEPS)]
             _check(losses, it.parameters(), expected[0])
             if name in (OURS, TORCH):
-                runs[_products(name)] = _repeated(it.products)
+                runs[f"{PRODUCTS}{name}"] = _repeated(it.products)
             runs[name] = _repeated(it.step)
             if name in device.graphs:
+                label = f"{name}, CUDA graph"
                 it = make(*case.problem())
                 _repeated(it.step)(STEPS)
                 replay = device.captured(name.partition(",")[0], _repeated(it.step))
                 replay(STEPS)
                 device.synchronize()
                 _check([], it.parameters(), expected[1])
-                runs[f"{name}, CUDA graph"] = replay
+                runs[label] = replay
         except Exception as error:
             line = next(iter(str(error).splitlines()), "")
-            notes[name] = textwrap.shorten(f"{type(error).__name__}: {line}", 200)
+            notes[label] = textwrap.shorten(f"{type(error).__name__}: {line}", 200)
     return runs, notes
 
 
@@ -175,18 +178,13 @@ def _repeated(step: Callable[[], Any]) -> Run:
     return run
 
 
-def _products(name: str) -> str:
-    """Return the name under which a candidate's matrix products are timed."""
-    return PRODUCTS + (TORCH if name in OPTIMIZERS else "" if name in (COMPILED, JAX) else OURS)
-
-
 def _timings(device: Any, runs: Mapping[str, Run], effort: Effort) -> Timings:
     """Return the times of all steps and products, and of what remains of a step without them."""
     calls = {name: math.ceil(effort.sample / device.seconds(run, 1)) for name, run in runs.items()}
     timers = {name: partial(device.seconds, run, calls[name]) for name, run in runs.items()}
     timings = interleave(timers, seconds=effort.seconds * len(runs), rounds=effort.rounds)
-    for name in [name for name in timings if _products(name) in timings]:
-        pairs = zip(timings[name], timings[_products(name)], strict=True)
+    for name in [name for name in timings if name in MULTIPLIED_BY]:
+        pairs = zip(timings[name], timings[f"{PRODUCTS}{MULTIPLIED_BY[name]}"], strict=True)
         timings[f"{name}{REST}"] = [step - products for step, products in pairs]
     return timings
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import relu_xp
+from bench.report import cpus
 
 RATE, MOMENTUM = 0.05, 0.9
 THREADS = 2
@@ -231,7 +232,8 @@ class JaxStep:
     """JAX, the whole step under `jit`, with its arrays donated to it."""
 
     def __init__(self, weights: Sequence[Any], x: Any, labels: Any) -> None:
-        os.environ.setdefault("NPROC", str(THREADS))  # of XLA's threads, which start with JAX
+        if cpus() > THREADS:  # XLA, which starts with JAX, would have a thread for each
+            os.environ.setdefault("NPROC", str(THREADS))
         jax, jnp = map(importlib.import_module, ("jax", "jax.numpy"))
         self._batch = jnp.asarray(x), jnp.asarray(labels)
         self._values = [(jnp.asarray(w), jnp.zeros(w.shape[1], jnp.float32)) for w in weights]

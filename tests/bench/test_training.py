@@ -128,7 +128,27 @@ def test_what_a_graph_computes_is_compared(bench, case):
     assert notes == {}
     runs, notes = bench.training._ready(Graphs(bench, works=False), case)
     assert "relu_xp, CUDA graph" not in runs
-    assert notes["relu_xp"].startswith("ArithmeticError")
+    assert notes["relu_xp, CUDA graph"].startswith("ArithmeticError")
+
+
+def test_the_candidates_of_a_device(bench, case, monkeypatch, require):
+    """With NumPy for CuPy, and PyTorch's CPU for its device."""
+    monkeypatch.setattr(require("torch"), "compile", lambda function, **options: function)
+    original, devices = bench.training_steps.TorchStep, []
+
+    def step(*problem, device, **options):
+        devices.append(device)
+        return original(*problem, **options)
+
+    monkeypatch.setattr(bench.training, "TorchStep", step)
+    device = object.__new__(bench.training.Accelerator)
+    device.xp, device.synchronize = np, lambda: None
+    device.captured = lambda library, run: run
+    runs, notes = bench.training._ready(device, case)
+    assert notes == {}
+    assert set(devices) == {"cuda"}
+    graphs = [name for name in runs if name.endswith(", CUDA graph")]
+    assert graphs == [f"{name}, CUDA graph" for name in device.graphs]
 
 
 def test_wrong_and_absent_candidates_are_noted(bench, case, monkeypatch):
