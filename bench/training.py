@@ -137,34 +137,47 @@ def _check(losses: list[float], parameters: list[Any], expected: tuple[list[floa
         raise ArithmeticError("losses and parameters are not those of relu_xp on NumPy")
 
 
+@contextlib.contextmanager
+def _noted(notes: dict[str, str], name: str) -> Iterator[None]:
+    """Note why a candidate is not measured."""
+    try:
+        yield
+    except Exception as error:
+        line = next(iter(str(error).splitlines()), "")
+        notes[name] = textwrap.shorten(f"{type(error).__name__}: {line}", 200)
+
+
 def _ready(device: Any, case: Case) -> tuple[dict[str, Run], dict[str, str]]:
     """Return the candidates, and their products, as functions; and why others do not work."""
     runs: dict[str, Run] = {}
     notes: dict[str, str] = {}
     expected = [_expected(case, steps) for steps in (STEPS, 2 * STEPS)]
-    for name, make in device.candidates().items():
+    candidates = device.candidates()
+    for name, make in candidates.items():
         progress(f"{case}: {name}")
-        label = name
-        try:
+        with _noted(notes, name):
             it = make(*case.problem())
             losses = [float(it.step()) for _ in range(STEPS)]
             _check(losses, it.parameters(), expected[0])
             if name in (OURS, TORCH):
                 runs[f"{PRODUCTS}{name}"] = _repeated(it.products)
             runs[name] = _repeated(it.step)
-            if name in device.graphs:
-                label = f"{name}, CUDA graph"
-                it = make(*case.problem())
-                _repeated(it.step)(STEPS)
-                replay = device.captured(name.partition(",")[0], _repeated(it.step))
-                replay(STEPS)
-                device.synchronize()
-                _check([], it.parameters(), expected[1])
-                runs[label] = replay
-        except Exception as error:
-            line = next(iter(str(error).splitlines()), "")
-            notes[label] = textwrap.shorten(f"{type(error).__name__}: {line}", 200)
+    for name in device.graphs:  # last: they write into memory that is free once they are captured
+        with _noted(notes, label := f"{name}, CUDA graph"):
+            it = candidates[name](*case.problem())
+            run = _repeated(it.step)
+            run(STEPS)
+            replay = device.captured(name.partition(",")[0], run)
+            replay(STEPS)
+            device.synchronize()
+            _check([], it.parameters(), expected[1])
+            runs[label] = partial(_replayed, replay, it)
     return runs, notes
+
+
+def _replayed(replay: Run, it: Any, calls: int) -> None:
+    """Replay a graph that works on the arrays of `it`, which are kept for it."""
+    replay(calls)
 
 
 def _repeated(step: Callable[[], Any]) -> Run:

@@ -29,12 +29,9 @@ _PART = 1 << 18  # parameters that a thread updates at least
 class BiasRelu:
     """Bias and ReLU by relu_xp: a pass forward and a pass back, both in place."""
 
-    def __init__(self, x: Any, xp: Any) -> None:
-        self._mask = xp.empty(-(-x.size // 8), xp.uint8)
-
     def forward(self, x: Any, bias: Any) -> Any:
         """Return ``relu(x + bias)``."""
-        y, self._pullback = relu_xp.bias_relu_vjp(x, bias, out=x, mask=self._mask)
+        y, self._pullback = relu_xp.bias_relu_vjp(x, bias, out=x)
         return y
 
     def backward(self, dy: Any) -> tuple[Any, Any]:
@@ -45,9 +42,6 @@ class BiasRelu:
 
 class Textbook:
     """Bias and ReLU of "Deep Learning from Scratch" (K. Saitoh, 2016)."""
-
-    def __init__(self, x: Any, xp: Any) -> None:
-        pass
 
     def forward(self, x: Any, bias: Any) -> Any:
         """Return ``relu(x + bias)``."""
@@ -72,7 +66,7 @@ class ArrayStep:
     """
 
     def __init__(
-        self, weights: Sequence[Any], x: Any, labels: Any, layer: Any = BiasRelu, xp: Any = np
+        self, weights: Sequence[Any], x: Any, labels: Any, layer: type[Any] = BiasRelu, xp: Any = np
     ) -> None:
         self._xp, count = xp, len(x)
         self._labels = xp.arange(count), xp.asarray(labels)
@@ -90,7 +84,7 @@ class ArrayStep:
         self._y = [xp.empty((count, width), xp.float32) for width in widths]
         self._dy = [xp.empty((count, width), xp.float32) for width in widths]
         self._inputs = [xp.asarray(x), *self._y[:-1]]
-        self._layers = [layer(y, xp) for y in self._y[:-1]]
+        self._layers = [layer() for _ in weights[1:]]
 
     def _forward_product(self, k: int) -> Any:
         return self._xp.matmul(self._inputs[k], self._values[2 * k], out=self._y[k])
