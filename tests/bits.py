@@ -165,6 +165,29 @@ def squares(dtype, dy_dtype, shape=None):
     yield pullback(mixed(dy_dtype, x.size, 10).reshape(x.shape))
 
 
+def biases(dtype, dy_dtype, shape=None):
+    x = cube(dtype, shape, 18)
+    dy = mixed(dy_dtype, x.size, 19).reshape(x.shape)
+    for axis, name in enumerate(LARGE):
+        bias = mixed(dtype, x.shape[axis], 20)
+        y, pullback = relu_xp.bias_relu_vjp(x, bias, axis=axis, **PRESETS[name])
+        yield y
+        yield from pullback(dy)
+
+
+def bias_sums(dtype):
+    """The gradient of a bias where it is neither NaN nor infinite, in every layout and order."""
+    for shape in ((5, 3, 113, 59), (513, 130), (100_003, 2), (300, 5000), (3, 2, 70, 70)):
+        count = np.prod(shape)
+        x, dy = (ordinary(dtype, count, seed).reshape(shape) for seed in (21, 22))
+        for axis in range(x.ndim):
+            bias = np.zeros(x.shape[axis])
+            for view in (x, np.asfortranarray(x), x[::-1]):
+                gradient = relu_xp.bias_relu_vjp(view, bias, axis=axis)[1](dy)[1]
+                assert np.isfinite(gradient).all()
+                yield gradient
+
+
 VARIANTS = {"prelu": prelus, "rrelu": rrelus, "crelu": crelus, "squared_relu": squares}
 
 
@@ -224,6 +247,8 @@ def groups() -> dict[str, tuple]:
         found[f"{dtype} layouts"] = (layouts, dtype)
         found[f"{dtype} large"] = (large, dtype)
         found[f"{dtype} large, variants"] = (large_variants, dtype)
+        found[f"{dtype} large, bias"] = (biases, dtype, dtype, (1030, 17, 61))
+        found[f"{dtype} bias sums"] = (bias_sums, dtype)
     for dtype, dy_dtype in itertools.product(DTYPES, DTYPES):
         name = dtype if dtype == dy_dtype else f"{dtype} by {dy_dtype}"
         found[f"{name} vjp"] = (vjps, dtype, dy_dtype)
@@ -231,6 +256,7 @@ def groups() -> dict[str, tuple]:
         for variant, function in VARIANTS.items():
             found[f"{name} {variant}"] = (function, dtype, dy_dtype)
         found[f"{name} sums"] = (sums, dtype, dy_dtype)
+        found[f"{name} bias"] = (biases, dtype, dy_dtype)
     return found
 
 

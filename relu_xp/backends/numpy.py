@@ -253,7 +253,9 @@ def _multiply(x: _Array, y: _Array) -> _Array:
 
 
 def _add(x: _Array, bias: _Array, axis: int) -> _Array:
-    """Return x + bias, or x where that is NaN, in the layout of x."""
+    """Return x + bias, or x where that is NaN, with its elements in the order of a mask of x."""
     bias = round_to(bias, x.dtype).reshape((-1,) + (1,) * (x.ndim - 1 - axis))
     total = np.add(x, np.where(np.isnan(x), np.zeros((), x.dtype), bias))
+    if memory_order(x.shape, x.strides, x.itemsize) is None:
+        return np.ascontiguousarray(total)
     return _store(total, None, x)

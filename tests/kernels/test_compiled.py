@@ -175,6 +175,41 @@ def other_activations(backend, x, dy, out=None):
         yield "crelu", backend.crelu(x, axis, out_array)
         twice = np.concatenate([dy, dy[::-1]], axis)
         yield "crelu, dy", backend.crelu_backward(twice, mask, axis, new(dy))
+    for axis, name in zip(range(x.ndim), itertools.cycle(["relu", "everything", "below-zero"])):
+        yield from biased(name, axis)(backend, x, dy, out)
+
+
+def biased(name, axis):
+    """Return the calls of a bias and ReLU along an axis."""
+
+    def passes(backend, x, dy, out=None):
+        def new(like):
+            return None if out is None else out(like)
+
+        params, grad_params = (cast(a.dtype, **PRESETS[name]) for a in (x, dy))
+        with np.errstate(over="ignore"):
+            bias = np.resize(WEIGHTS, 2 * x.shape[axis])[::2].astype(dy.dtype)
+        yield "bias", backend.bias_relu(params, x, bias, axis, new(x))
+        y, mask = backend.bias_relu_with_mask(params, x, bias, axis, new(x), None)
+        yield "bias, with mask", y
+        yield "bias, mask", mask.data
+        yield "bias, axes", np.array(mask.axes or ())
+        for dtype, target in ((x.dtype, new(dy)), (np.dtype(np.float32), None)):
+            dx, total = backend.bias_relu_backward(grad_params, dy, mask, axis, dtype, target)
+            yield "bias, dx", dx
+            yield "bias, sum", total
+        a = x.copy("K")
+        yield "bias, in place", backend.bias_relu(params, a, bias, axis, a)
+        a = x.copy("K")
+        yield "bias, in place", backend.bias_relu_with_mask(params, a, bias, axis, a, None)[0]
+        a = dy.copy("K")
+        yield from zip(
+            ("bias, over dy", "bias, sum"),
+            backend.bias_relu_backward(grad_params, a, mask, axis, x.dtype, a),
+            strict=True,
+        )
+
+    return passes
 
 
 # ---- Bits ----------------------------------------------------------------------------------------
@@ -285,6 +320,51 @@ def test_the_shape_alone_decides_the_order_of_additions(shape, dtypes):
                 arrays = np.array(dy, order=order), np.array(x, order=order)
                 got = compiled_backend.prelu_weight_grad(*arrays, weight)
             np.testing.assert_array_equal(bits(got), bits(wanted))
+
+
+# Lines of several rows, segments of some channels, channels longer than the lanes; with one part,
+# and with many.
+BIAS_SHAPES = [(3,), (700, 3), (100_003, 2), (513, 130), (300, 5000), (5, 3, 113, 59), (40, 9000)]
+BIAS_SHAPES += [(2, 3, 70, 70), (33, 7, 600), (1, 1), (4096, 64), (65, 2, 20, 25)]
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
+def test_shape_and_axis_alone_decide_the_order_of_additions(shape, dtype):
+    rng = np.random.default_rng(4)
+    x, dy = rng.standard_normal((2, *shape)).astype(dtype)
+    params = cast(dtype)
+    for axis, length in enumerate(shape):
+        bias = np.zeros(length)
+        _, mask = numpy_backend.bias_relu_with_mask(params, x, bias, axis, None, None)
+        arguments = axis, bias.dtype, None
+        dx, wanted = numpy_backend.bias_relu_backward(params, dy, mask, *arguments)
+        others = tuple(other for other in range(x.ndim) if other != axis)
+        exact = dx.astype(np.float64).sum(others)
+        np.testing.assert_allclose(wanted, exact, rtol=1e-9, atol=1e-9)
+        for order, dy_order, threads in (
+            ("C", "C", 1),
+            ("C", "C", 2),
+            ("F", "F", 3),
+            ("C", "F", 7),
+        ):
+            with mode("threads", threads):
+                a, b = np.array(x, order=order), np.array(dy, order=dy_order)
+                _, mask = compiled_backend.bias_relu_with_mask(params, a, bias, axis, None, None)
+                _, got = compiled_backend.bias_relu_backward(params, b, mask, *arguments)
+            np.testing.assert_array_equal(bits(got), bits(wanted))
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_the_sum_of_many_rows_is_right(dtype):
+    """A million ones, and what a float32 would lose between two numbers that cancel."""
+    dy = np.ones((1 << 20, 3), dtype)
+    dy[0, 1], dy[-1, 1] = 4096, -4096
+    dy[:, 2] = np.resize([0.25, -0.25, 2**-7], len(dy))
+    _, pullback = relu_xp.bias_relu_vjp(dy, np.ones(3), threshold=-1e4)
+    exact = np.float64(dy).sum(0)
+    np.testing.assert_array_equal(pullback(dy)[1], exact)
+    assert exact[1] == (1 << 20) - 2
 
 
 # ---- Layouts -------------------------------------------------------------------------------------
@@ -430,6 +510,9 @@ def test_nothing_is_written_beside_the_output_at_any_size_and_offset(dtype, name
     params = cast(x.dtype, **PRESETS[name])
     y, saved = numpy_backend.forward_with_mask(params, x, None, None)
     dx = numpy_backend.backward(params, dy, saved, None)
+    bias = values(dtype, 2)[:largest]
+    with_bias, biased_mask = numpy_backend.bias_relu_with_mask(params, x, bias, 0, None, None)
+    biased_codes = unpack(biased_mask, x.shape, params.num_branches).copy()
     codes = unpack(saved, x.shape, params.num_branches).copy()
 
     def forward(x, out, mask):
@@ -437,6 +520,13 @@ def test_nothing_is_written_beside_the_output_at_any_size_and_offset(dtype, name
 
     def backward(dy, out, mask):
         compiled_backend.backward(params, dy, Mask(mask, None), out)
+
+    def forward_bias(x, out, mask):
+        compiled_backend.bias_relu_with_mask(params, x, bias[: x.size], 0, out, mask)
+
+    def backward_bias(dy, out, mask):
+        arguments = params, dy, Mask(mask, None), 0, dy.dtype, out
+        assert compiled_backend.bias_relu_backward(*arguments)[1].size == dy.size
 
     def in_place(_, out, mask):
         compiled_backend.forward(params, out, out)
@@ -449,11 +539,14 @@ def test_nothing_is_written_beside_the_output_at_any_size_and_offset(dtype, name
         for size in range(largest + 1):
             one, other, zero = x[:size], dy[:size], np.zeros(size, x.dtype)
             mask = pack(codes[:size], None, params.num_branches)
+            other_mask = pack(biased_codes[:size], None, params.num_branches)
             full = np.full_like(mask, 0xFF)
             for lane in {0, size % 32, 5 * size % 32, 31}:
                 for call, given, out, before, wanted, after in (
                     (forward, one, zero, full, y, mask),
                     (backward, other, zero, mask, dx, mask),
+                    (forward_bias, one, zero, full, with_bias, other_mask),
+                    (backward_bias, other, zero, mask, dx, mask),
                     (in_place, None, one, none, y, none),
                     (over_dy, one, other, none, dx, none),
                 ):
@@ -492,6 +585,7 @@ RECORD, INTEGER, DOUBLE = (cast(dtype).record for dtype in ("f4", "i4", "f8"))
 THREE_BRANCHES = cast("f4", 0.5, max_value=1).record
 MASK = np.zeros(3, np.uint8)
 WEIGHT = np.ones((1, 6), np.float32)
+BIAS = np.ones(6, np.float32)
 CODES = np.zeros((4, 6), np.uint8)
 READ_ONLY = np.frombuffer(bytes(96), np.float32).reshape(4, 6)
 ERRORS = (TypeError, ValueError, OverflowError, MemoryError)
@@ -502,6 +596,9 @@ VALID = {
     "forward_with_mask": ((RECORD, X, None, None), {2, 3}),
     "backward": ((RECORD, X, MASK, None, None), {3, 4}),
     "backward_from_input": ((RECORD, RECORD, X, X, None), {2, 4}),
+    "bias_relu": ((RECORD, X, BIAS, 1, None), {4}),
+    "bias_relu_with_mask": ((RECORD, X, BIAS, 1, None, None), {4, 5}),
+    "bias_relu_backward": ((RECORD, X, MASK, None, 1, X.dtype, None), {3, 5, 6}),
     "prelu": ((X, X, WEIGHT, None), {0, 1, 3}),
     "prelu_weight_grad": ((X, X, (1, 6)), {2}),  # of which NumPy 2.0 makes ()
     "squared_relu": ((X, None), {1}),
@@ -549,6 +646,17 @@ def invalid_calls():
     for shape in ((), (6,), (4, 5), (1, 4, 6), (0, 6)):
         yield "prelu_weight_grad", (X, X, shape)
 
+    # No axis, or a bias of another length or dtype.
+    for axis in (2, -1, 2**31, 2**70, 1.0, None, "1", (1,), 0):
+        yield "bias_relu", (RECORD, X, BIAS, axis, None)
+        yield "bias_relu_with_mask", (RECORD, X, BIAS, axis, None, None)
+    for axis in (2, -1, 2**31, 2**70, 1.0, None, "1", (1,)):
+        yield "bias_relu_backward", (RECORD, X, MASK, None, axis, X.dtype, None)
+    for bias in (BIAS[1:], BIAS[:1], BIAS[None], BIAS[0, ...], BIAS.astype("f8"), BIAS.tolist()):
+        yield "bias_relu", (RECORD, X, bias, 1, None)
+        yield "bias_relu_with_mask", (RECORD, X, bias, 1, None, None)
+    yield "bias_relu", (RECORD, X[0, 0, ...], BIAS, 0, None)
+
     # Parameters of another dtype, and integers where there are only gradients of floats.
     integers = X.astype(np.int32)
     yield "forward", (INTEGER, X, None)
@@ -558,6 +666,7 @@ def invalid_calls():
     yield "forward", (INTEGER, X.astype("u4"), None)
     yield "forward_with_mask", (INTEGER, integers, None, None)
     yield "backward", (INTEGER, integers, MASK, None, None)
+    yield "bias_relu", (INTEGER, integers, BIAS.astype("i4"), 1, None)
     yield "backward_from_input", (INTEGER, INTEGER, None, integers, None)
     yield "backward_from_input", (RECORD, INTEGER, integers, X, None)
     yield "backward_from_input", (INTEGER, RECORD, X, integers, None)
@@ -573,6 +682,8 @@ def invalid_calls():
         for mask in (*masks, bytes(size)):
             yield "backward", (record, X, mask, None, None)
             yield "forward_with_mask", (record, X, None, mask)
+            yield "bias_relu_backward", (record, X, mask, None, 1, X.dtype, None)
+            yield "bias_relu_with_mask", (record, X, BIAS, 1, None, mask)
         yield "forward_with_mask", (record, X, None, np.frombuffer(bytes(size), np.uint8))
         yield "forward_with_mask", (record, X, READ_ONLY, np.zeros(size, np.uint8))
 
@@ -891,9 +1002,9 @@ DIGESTS = """
     import bits
     from relu_xp import kernels
     print(kernels.cpu.instruction_set)
-    wanted = "layouts", "prelu", "crelu", "squared_relu", "sums", "integers", "by float16 vjp"
+    wanted = "layouts", "prelu", "crelu", "squared_relu", "sums", "bias", "integers"
     for name, (function, *arguments) in bits.groups().items():
-        if name.endswith(wanted):
+        if name.endswith((*wanted, "by float16 vjp")):
             print(name, bits.digest(function(*arguments)))
 """
 

@@ -90,6 +90,10 @@ def functions(x, dy, weight):
     if x.ndim > 0:
         yield "prelu", lambda: vjp("prelu", dy, x, weight, axis=x.ndim - 1)
         yield "crelu", lambda: vjp("crelu", dy, x, axis=x.ndim - 1)
+        yield "bias", lambda: vjp("bias_relu", dy, x, weight)
+        bias = np.resize(weight, x.shape[0]) if weight.size else weight[:0]
+        three = ACTIVATIONS["everything"]
+        yield "bias, everything", lambda: vjp("bias_relu", dy, x, bias, axis=0, **three)
     rng = np.random.Generator(np.random.PCG64(1))
     yield "rrelu", lambda: vjp("rrelu", dy, x, rng=rng)
     yield "squared", lambda: vjp("squared_relu", dy, x)

@@ -84,23 +84,28 @@ struct Operation {
   const char* inputs;  // x, d(y), s(lopes) or m(ask), an array each
   char mask = ' ';     // b(its) or m(ask)
   bool writes_mask = false;
-  int itemsize = 0;  // of the output, if it has another dtype
+  int itemsize = 0;     // of the output, if it has another dtype
+  bool biased = false;  // with a bias for each element: the last input
 };
-constexpr Operation kOperations[] = {{"forward", relu_xp::kForward, "x"},
-                                     {"forward with bits", relu_xp::kForwardBits, "x", 'b', true},
-                                     {"branches", relu_xp::kBranches, "x", 'm', true},
-                                     {"backward from bits", relu_xp::kBackwardBits, "d", 'b'},
-                                     {"backward from bytes", relu_xp::kBackwardBytes, "d", 'm'},
-                                     {"backward from input", relu_xp::kBackwardFromInput, "dx"},
-                                     {"prelu", relu_xp::kPrelu, "dsx"},
-                                     {"prelu from bytes", relu_xp::kPreluBytes, "ds", 'm'},
-                                     {"scale", relu_xp::kScale, "ds"},
-                                     {"squared", relu_xp::kSquaredRelu, "x"},
-                                     {"squared, backward", relu_xp::kSquaredReluBackward, "xd"},
-                                     {"negated", relu_xp::kNegatedRelu, "x"},
-                                     {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, 1},
-                                     {"crelu, backward", relu_xp::kCreluBackward, "dsm"},
-                                     {"to double", relu_xp::kToDouble, "x", ' ', false, 8}};
+constexpr Operation kOperations[] = {
+    {"forward", relu_xp::kForward, "x"},
+    {"forward with bits", relu_xp::kForwardBits, "x", 'b', true},
+    {"branches", relu_xp::kBranches, "x", 'm', true},
+    {"backward from bits", relu_xp::kBackwardBits, "d", 'b'},
+    {"backward from bytes", relu_xp::kBackwardBytes, "d", 'm'},
+    {"backward from input", relu_xp::kBackwardFromInput, "dx"},
+    {"forward, bias", relu_xp::kForward, "xs", ' ', false, 0, true},
+    {"bits, bias", relu_xp::kForwardBits, "xs", 'b', true, 0, true},
+    {"branches, bias", relu_xp::kBranches, "xs", 'm', true, 0, true},
+    {"prelu", relu_xp::kPrelu, "dsx"},
+    {"prelu from bytes", relu_xp::kPreluBytes, "ds", 'm'},
+    {"scale", relu_xp::kScale, "ds"},
+    {"squared", relu_xp::kSquaredRelu, "x"},
+    {"squared, backward", relu_xp::kSquaredReluBackward, "xd"},
+    {"negated", relu_xp::kNegatedRelu, "x"},
+    {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, 1},
+    {"crelu, backward", relu_xp::kCreluBackward, "dsm"},
+    {"to double", relu_xp::kToDouble, "x", ' ', false, 8}};
 
 std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
   z *= 0x9e3779b97f4a7c15;
@@ -243,6 +248,10 @@ void run(const KernelTable& table, const Format& format, const Operation& operat
     block.out = out.data();
     block.mask = mask == nullptr ? nullptr : mask->bytes();
     block.count = operands.count;
+    if (operation.biased) {
+      block.bias.data = operands.named(inputs.back())->data();
+      block.bias.channels = operands.count;
+    }
     block.stream = stream && operation.number != relu_xp::kBranches;
     table.floating[format.dtype][operation.number][params.variant](params, block);
     Digest digest;
