@@ -180,8 +180,9 @@ def training():
             text = row.get("note") or (time if row["candidate"].startswith("relu_xp") else ratio)
         cells.setdefault((part, row["candidate"]), {})[case] = text
     cases = list(dict.fromkeys(row["group"].rpartition(": ")[0] for row in section["rows"]))
+    order = sorted(cells.items(), key=lambda item: item[0][0])  # steps, then parts of them
     header = ["a step, and without its matrix products", *cases]
-    rows = [[name, *(row[case] for case in cases)] for (_, name), row in sorted(cells.items())]
+    rows = [[name, *(row[case] for case in cases)] for (_, name), row in order]
     versions = section["conditions"]["versions"]
     others = f"{conditions(section)[:-1]}, JAX {versions['jax']}."
     return f"{others}\n\n{markdown(header, rows)}"
