@@ -14,15 +14,16 @@ import statistics
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import relu_xp
-from bench import baselines, pictures, report
-from bench.harness import Names, looped, module, normal, numpy_dtype, runnable, time_runs
+from bench import activations, baselines, pictures, report
+from bench.activations import names_of
+from bench.harness import Names, looped, normal, numpy_dtype, runnable, time_runs
 from bench.report import Row, compared, judged, progress
 from relu_xp import kernels
 
@@ -51,14 +52,6 @@ EARLIER = ">=0.96"  # of the earlier commit's speed
 SMALL = ((10, "relu_xp.relu(x)", ">=1.3"), (10, LAYER, ">=1.5"), (6400, LAYER, ">=1.4"))
 NHWC = (8, 58, 58, 64)
 STRIDED = 3_200_000  # elements, of which every second one is taken
-PRELU = (16, 64, 56, 56)
-PRELU_CASES = {
-    "forward": ("relu_xp.prelu(x, weight)", "functional.prelu(tx, tweight)"),
-    "forward and backward": (
-        "out, back = relu_xp.prelu_vjp(x, weight); back(dy)",
-        "leaf.grad = tslopes.grad = None; functional.prelu(leaf, tslopes).backward(tdy)",
-    ),
-}
 VERSIONS = ("x86-64-v3", "x86-64-v4")
 IMPORT = "from time import perf_counter; import numpy; start = perf_counter(); import relu_xp"
 SWEEP = (
@@ -87,18 +80,6 @@ FULL = Effort(25_000_000, (10, 100, 1000, 6400, 1 << 16, 1 << 18, 1 << 20, 10_00
 QUICK = Effort(2_500_000, (10, 6400, 1 << 18), 0.02, 1)
 
 
-def _names(arrays: Mapping[str, Any]) -> Names:
-    """Return what code finds: arrays, the same memory as tensors, and libraries."""
-    names: Names = {"np": np, "relu_xp": relu_xp, "layer": relu_xp.ReLU(), **arrays}
-    torch = module("torch")
-    if torch and arrays["x"].dtype.name != "bfloat16":  # which `from_numpy` refuses
-        torch.set_num_threads(relu_xp.get_num_threads())
-        names |= {f"t{name}": torch.from_numpy(array) for name, array in arrays.items()}
-        names |= {"torch": torch, "aten": torch.ops.aten, "functional": torch.nn.functional}
-        names["leaf"] = names["tx"].detach().requires_grad_()
-    return names
-
-
 @functools.lru_cache(maxsize=1)
 def _arrays(shape: tuple[int, ...], dtype: str) -> Names:
     """Return what code finds, with C-contiguous arrays."""
@@ -106,8 +87,8 @@ def _arrays(shape: tuple[int, ...], dtype: str) -> Names:
     y, dx = np.zeros_like(x), np.zeros_like(x)
     mask = np.zeros((x.size + 7) // 8 + 8, np.uint8)
     relu_xp.relu(x, out=y)
-    names = _names({"x": x, "dy": dy, "y": y, "dx": dx, "mask": mask})
-    return names | {"pullback": relu_xp.relu_vjp(x, mask=mask)[1]}
+    names = names_of({"x": x, "dy": dy, "y": y, "dx": dx, "mask": mask})
+    return names | {"pullback": relu_xp.relu_vjp(x, mask=mask)[1], "layer": relu_xp.ReLU()}
 
 
 def _limit_cases(large: int) -> Iterator[tuple[str, str, Names]]:
@@ -211,24 +192,19 @@ def layouts(effort: Effort) -> Iterator[list[Row]]:
             yield [row | compared(timings, f"NCHW: {code}", code, "<=1.15")]
     x = normal((STRIDED,), np.float32, 0)[::2]
     code, case = PASSES["forward"].format(""), "every second element, forward"
-    runs = runnable((code, CLAMP), _names({"x": x, "y": np.zeros(x.shape, x.dtype)}))
+    runs = runnable((code, CLAMP), names_of({"x": x, "y": np.zeros(x.shape, x.dtype)}))
     row = {"group": "times faster than PyTorch", "case": case, "dtype": "float32"}
     yield [row | compared(time_runs(runs, effort.seconds), CLAMP, code, ">=1.0")]
 
 
 def prelu(effort: Effort) -> Iterator[list[Row]]:
-    """Compare PReLU, and its gradients by both arguments, with PyTorch."""
-    x, dy = (normal(PRELU, np.float32, seed) for seed in (0, 1))
-    weight = np.full(PRELU[1], 0.25, np.float32)
-    names = _names({"x": x, "dy": dy, "weight": weight, "slopes": weight.copy()})
-    if "torch" in names:
-        names["tslopes"].requires_grad_()
-    group = f"PReLU, {'x'.join(map(str, PRELU))}: times faster than PyTorch"
-    for case, (ours, theirs) in PRELU_CASES.items():
-        progress(f"prelu: {case}")
-        timings = time_runs(runnable((ours, theirs), names), 2 * effort.seconds)
-        row: Row = {"group": group, "case": case, "dtype": "float32"}
-        yield [row | compared(timings, theirs, ours, ">=1.1")]
+    """Compare PReLU with PyTorch."""
+    return activations.prelu(effort.seconds)
+
+
+def bias(effort: Effort) -> Iterator[list[Row]]:
+    """Compare a bias with ReLU with PyTorch."""
+    return activations.bias(effort.seconds)
 
 
 def versions(effort: Effort) -> Iterator[list[Row]]:
@@ -302,6 +278,7 @@ SECTIONS: dict[str, tuple[Callable[..., Iterator[list[Row]]], str]] = {
     "before": (before, COLUMNS),
     "layouts": (layouts, COLUMNS),
     "prelu": (prelu, COLUMNS),
+    "bias": (bias, COLUMNS),
     "versions": (versions, COLUMNS),
     "import": (imports, COLUMNS),
     "sweep": (sweep, "elements relu_xp NumPy PyTorch autograd"),

@@ -172,7 +172,8 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, double* 
     block.prefetch = job_.prefetch ? 1 : 0;
     block.sums = lanes;
     block.num_sums = static_cast<std::size_t>(lanes_);
-    return backward_(*params_, block);
+    backward_(*params_, block);
+    return;
   }
   alignas(64) char buffer[kBufferBytes];
   alignas(64) double numbers[kGathered];

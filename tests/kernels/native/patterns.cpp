@@ -84,8 +84,8 @@ struct Operation {
   const char* inputs;  // x, d(y), s(lopes) or m(ask), an array each
   char mask = ' ';     // b(its) or m(ask)
   bool writes_mask = false;
-  int itemsize = 0;     // of the output, if it has another dtype
   bool biased = false;  // with a bias for each element: the last input
+  int itemsize = 0;     // of the output, if it has another dtype
 };
 constexpr Operation kOperations[] = {
     {"forward", relu_xp::kForward, "x"},
@@ -94,18 +94,18 @@ constexpr Operation kOperations[] = {
     {"backward from bits", relu_xp::kBackwardBits, "d", 'b'},
     {"backward from bytes", relu_xp::kBackwardBytes, "d", 'm'},
     {"backward from input", relu_xp::kBackwardFromInput, "dx"},
-    {"forward, bias", relu_xp::kForward, "xs", ' ', false, 0, true},
-    {"bits, bias", relu_xp::kForwardBits, "xs", 'b', true, 0, true},
-    {"branches, bias", relu_xp::kBranches, "xs", 'm', true, 0, true},
+    {"forward, bias", relu_xp::kForward, "xs", ' ', false, true},
+    {"bits, bias", relu_xp::kForwardBits, "xs", 'b', true, true},
+    {"branches, bias", relu_xp::kBranches, "xs", 'm', true, true},
     {"prelu", relu_xp::kPrelu, "dsx"},
     {"prelu from bytes", relu_xp::kPreluBytes, "ds", 'm'},
     {"scale", relu_xp::kScale, "ds"},
     {"squared", relu_xp::kSquaredRelu, "x"},
     {"squared, backward", relu_xp::kSquaredReluBackward, "xd"},
     {"negated", relu_xp::kNegatedRelu, "x"},
-    {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, 1},
+    {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, false, 1},
     {"crelu, backward", relu_xp::kCreluBackward, "dsm"},
-    {"to double", relu_xp::kToDouble, "x", ' ', false, 8}};
+    {"to double", relu_xp::kToDouble, "x", ' ', false, false, 8}};
 
 std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
   z *= 0x9e3779b97f4a7c15;
