@@ -168,7 +168,9 @@ def frameworks():
 
 
 def training():
-    """Return the table of training steps in bench/README.md."""
+    """Return the table of training steps in bench/README.md, or that there are no figures yet."""
+    if not (ROOT / "bench/results/training.json").exists():
+        return "Training steps on a CPU: not measured."
     section = measured("training.json")["cpu"]
     cells = {}
     for row in section["rows"]:
