@@ -1,9 +1,9 @@
 """``relu-xp train``: a small classifier of handwritten digits, on any array library.
 
 The network has 64 pixels, two hidden layers of 128 units with `relu_xp.bias_relu`, and 10 classes.
-They use the Python array API standard alone, in which ``+=`` is for every library; but on NumPy,
-CuPy and PyTorch the parameters are views of one array, and so are their gradients, which `matmul`
-writes there. An update is then four operations. The loss is read from the device once per epoch.
+All is the Python array API standard, which has ``+=`` for every library; but on NumPy, CuPy and
+PyTorch the parameters are views of one array, and so are their gradients, which `matmul` writes
+there. An update is then four operations. The loss is read from the device once per epoch.
 
 Every random number is drawn with NumPy from one seed. Two runs with one seed give the same bits on
 one machine and library; different libraries differ by rounding alone.
@@ -155,8 +155,7 @@ def train(backend: str | None = None, epochs: int = EPOCHS, seed: int = 0) -> Re
     parameters: list[Any] = []
     for inputs, outputs in itertools.pairwise((_SIDE * _SIDE, *_HIDDEN, _CLASSES)):
         weights = rng.standard_normal((inputs, outputs)) * math.sqrt(2 / inputs)  # He et al., 2015
-        parameters += [weights.astype(np.float32), np.zeros(outputs, np.float32)]
-    parameters = [xp.asarray(parameter) for parameter in parameters]
+        parameters += map(xp.asarray, (weights.astype(np.float32), np.zeros(outputs, np.float32)))
     learned, gradients = parameters, None
     if library.name in ("numpy", "cupy", "torch"):  # with views, and an `out` of matmul
         learned = [xp.concat([xp.reshape(parameter, (-1,)) for parameter in parameters])]
