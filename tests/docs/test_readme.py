@@ -141,7 +141,7 @@ def figures():
     """Return the tables of bench/README.md."""
     result = measured("cpu.json")
     texts = [conditions(result["limit"])]
-    for section in ("limit", "layouts", "prelu", "versions", "import"):
+    for section in ("limit", "layouts", "prelu", "bias", "versions", "import"):
         rows = result[section]["rows"]
         for group in dict.fromkeys(row["group"] for row in rows):
             cells = [
