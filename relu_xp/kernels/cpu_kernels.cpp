@@ -1061,14 +1061,20 @@ constexpr void fill_variant(Kernel (&table)[kOperations][kVariants]) {
   table[kForward][variant] = forward<F, variant, false>;
   table[kForwardBits][variant] = forward_bits<F, variant, false>;
   table[kBranches][variant] = branches<F, for_branches, false>;
-  table[kBiasForward][variant] = forward<F, variant, true>;
-  table[kBiasForwardBits][variant] = forward_bits<F, variant, true>;
-  table[kBiasBranches][variant] = branches<F, for_branches, true>;
   table[kBackwardFromInput][variant] = backward_from_input<F, variant>;
   table[kBackwardBits][variant] = backward<F, for_gradient, true, false>;
   table[kBackwardBytes][variant] = backward<F, for_gradient, false, false>;
+}
+
+// With a bias a general variant serves all that are not plain: another kernel for each would take
+// half of a minute to compile. Bytes are of three branches.
+template <class F, Variant variant, Variant general, Variant for_gradient>
+constexpr void fill_bias_variant(Kernel (&table)[kOperations][kVariants]) {
+  table[kBiasForward][variant] = forward<F, general, true>;
+  table[kBiasForwardBits][variant] = forward_bits<F, general, true>;
+  table[kBiasBranches][variant] = branches<F, kGeneralClipped, true>;
   table[kBackwardBitsSum][variant] = backward<F, for_gradient, true, true>;
-  table[kBackwardBytesSum][variant] = backward<F, for_gradient, false, true>;
+  table[kBackwardBytesSum][variant] = backward<F, kGeneral, false, true>;
 }
 
 template <class F>
@@ -1078,6 +1084,11 @@ constexpr void fill(Kernel (&table)[kOperations][kVariants]) {
   fill_variant<F, kClipped, kClipped, kPlain>(table);
   fill_variant<F, kGeneral, kGeneral, kGeneral>(table);
   fill_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table);
+  fill_bias_variant<F, kPlain, kPlain, kPlain>(table);
+  fill_bias_variant<F, kLeaky, kGeneral, kGeneral>(table);
+  fill_bias_variant<F, kClipped, kGeneralClipped, kPlain>(table);
+  fill_bias_variant<F, kGeneral, kGeneral, kGeneral>(table);
+  fill_bias_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table);
   table[kPrelu][kPlain] = prelu<F, false>;
   table[kPreluBytes][kPlain] = prelu<F, true>;
   table[kScale][kPlain] = scale<F>;
