@@ -423,6 +423,19 @@ def test_an_out_or_a_mask_over_an_input_is_refused(xp):
     )
 
 
+@pytest.mark.libraries("strided")
+def test_an_out_over_a_bias_of_more_bytes_is_refused(xp):
+    """Anywhere in its memory, which is longer than that of `out`."""
+    bias = xp.array(np.linspace(-1, 1, 4))
+    before, parts = xp.numpy(bias).copy(), bias.view(np.float16)
+    x = xp.array(np.ones(4, np.float16))
+    for start in (0, 4, 8, 12):
+        for call, function, _ in calls(x, bias):
+            with pytest.raises(ValueError, match=f"^{function}: out overlaps an input"):
+                call(out=parts[start : start + 4])
+    assert xp.numpy(bias).tobytes() == before.tobytes()
+
+
 def test_a_mask_where_there_is_none(require):
     strict = require("array_api_strict")
     x, bias, mask = strict.ones((2, 3)), strict.ones(3), np.zeros(1, np.uint8)
