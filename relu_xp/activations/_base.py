@@ -171,7 +171,8 @@ class Layer:
             raise RuntimeError(
                 f"backward: nothing is saved{was_pickled}; call forward(x) first (with "
                 "training=True), once for each backward. backward(dy, retain=True) keeps it for "
-                "another call; use relu_xp.relu_vjp for a layer that is used twice in one pass"
+                "another call; for a layer that is used twice in one pass use the function of its "
+                "kind whose name ends in _vjp, such as relu_xp.relu_vjp"
             )
         if self._inplace:
             out = self._out_in_place("backward", dy, out)

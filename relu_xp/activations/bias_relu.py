@@ -70,7 +70,8 @@ def bias_relu(
 
     Notes
     -----
-    Made of differentiable operations, in `bias` too, for the libraries that trace.
+    Made of differentiable operations, in `bias` too, for the libraries that trace. These sum their
+    gradient of the bias in the dtype of `x`; `bias_relu_vjp` does not.
 
     Examples
     --------
@@ -175,13 +176,17 @@ def _resolve(
 ) -> tuple[Any, Backend, CastParameters, Any, int]:
     """Return x, its backend, the parameters, the bias, and the axis counted from the first."""
     x, backend, params = resolve(function, "x", x, parameters, floating=True)
-    bias, its_backend, _ = resolve(function, name, bias, RELU, floating=True)
+    bias, its_backend, _ = resolve(function, name, bias, parameters, floating=True)
     check_device(function, name, bias, its_backend, backend.device(x), "x is")
     axis = as_axis(function, x, axis)
     length = x.shape[axis]
     if tuple(bias.shape) != (length,):
         if math.isnan(length):
             raise unknown_length(function, axis)
+        if math.isnan(math.prod(bias.shape)):
+            raise ValueError(
+                f"{function}: {name} has an unknown length; call {name}.compute_chunk_sizes() first"
+            )
         raise ValueError(
             f"{function}: {name} has shape {tuple(bias.shape)}, but x has {length} channels along "
             f"axis {axis} (shape {tuple(x.shape)}); give a bias of shape ({length},), or axis="

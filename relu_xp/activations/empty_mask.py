@@ -28,8 +28,8 @@ def empty_mask(
     """Return an array for the argument `mask`, large enough for x.
 
     `relu_vjp`, `bias_relu_vjp` and the ``forward`` of the layers `ReLU` (with its presets) and
-    `BiasReLU` take it. With ``out=`` too, nothing is allocated by the passes of any number of
-    batches.
+    `BiasReLU` take it. With ``out=`` too, the passes of any number of batches allocate nothing, but
+    for the sums of a bias's gradient.
 
     Parameters
     ----------

@@ -716,7 +716,8 @@ PyObject* is_valid_out(Arguments args) {
   const npy_intp nbytes = PyArray_NBYTES(arrays[0]);
   for (int i = 1; i < 3; ++i) {
     const char* data = PyArray_BYTES(arrays[i]);
-    if (args[i] != args[0] && data < out + nbytes && out < data + nbytes) Py_RETURN_FALSE;
+    const char* end = data + PyArray_NBYTES(arrays[i]);
+    if (args[i] != args[0] && data < out + nbytes && out < end) Py_RETURN_FALSE;
   }
   Py_RETURN_TRUE;
 }

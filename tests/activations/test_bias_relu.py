@@ -423,6 +423,19 @@ def test_an_out_or_a_mask_over_an_input_is_refused(xp):
     )
 
 
+@pytest.mark.libraries("strided")
+def test_an_out_over_a_bias_of_more_bytes_is_refused(xp):
+    """Anywhere in its memory, which is longer than that of `out`."""
+    bias = xp.array(np.linspace(-1, 1, 4))
+    before, parts = xp.numpy(bias).copy(), bias.view(np.float16)
+    x = xp.array(np.ones(4, np.float16))
+    for start in (0, 4, 8, 12):
+        for call, function, _ in calls(x, bias):
+            with pytest.raises(ValueError, match=f"^{function}: out overlaps an input"):
+                call(out=parts[start : start + 4])
+    assert xp.numpy(bias).tobytes() == before.tobytes()
+
+
 def test_a_mask_where_there_is_none(require):
     strict = require("array_api_strict")
     x, bias, mask = strict.ones((2, 3)), strict.ones(3), np.zeros(1, np.uint8)
@@ -443,6 +456,15 @@ def test_lengths_that_are_not_known(require):
     unknown.compute_chunk_sizes()
     y = relu_xp.bias_relu(unknown, da.ones(1, dtype=np.float32), axis=0)
     np.testing.assert_array_equal(y.compute(), np.maximum(X[:1] + 1, 0))
+    bias = da.from_array(np.append(BIAS, 9))
+    bias = bias[bias < 9]
+    for call, function, name in calls(rows, bias):
+        advice = re.escape(f"{name} has an unknown length; call {name}.compute_chunk_sizes() first")
+        with pytest.raises(ValueError, match=f"^{function}: {advice}$"):
+            call()
+    bias.compute_chunk_sizes()
+    y = relu_xp.bias_relu(rows, bias.astype(np.float32))
+    np.testing.assert_array_equal(y.compute(), np.maximum(X + BIAS, 0))
 
 
 # ---- The layer ----------------------------------------------------------------------------------
@@ -539,6 +561,24 @@ def test_a_refused_gradient_leaves_the_buffer():
     assert layer.grads[0].tolist() == [0, 0, 0]
     layer.backward(np.ones_like(X))
     assert layer.grads[0].tolist() == [1, 1, 1]
+
+
+@pytest.mark.libraries("strided")
+def test_a_gradient_is_not_stored_within_dy_or_dx(xp):
+    """Which are longer than the bias; the layer then makes a new array for it."""
+    layer = BiasReLU(4)
+    layer.params[0] = xp.array(np.zeros(4, np.float32))
+    x = xp.array(np.ones((3, 4), np.float32))
+    for row in range(3):
+        dy, out = (xp.array(np.full((3, 4), 2, np.float32)) for _ in range(2))
+        for within in (dy, out):
+            layer.grads[0] = buffer = within[row]
+            layer.forward(x)
+            dx = layer.backward(dy, out=out)
+            assert layer.grads[0] is not buffer
+            assert xp.numpy(layer.grads[0]).tolist() == [6] * 4
+            assert (xp.numpy(dx) == 2).all()
+            assert (xp.numpy(dy) == 2).all()
 
 
 def test_a_layer_without_its_bias_is_refused():
