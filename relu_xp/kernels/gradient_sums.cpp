@@ -130,6 +130,9 @@ constexpr std::ptrdiff_t kSegmentLanes = 4096;  // at most: 32 KiB, most of the 
 // Lanes, and sums of parts, are few beside the elements, and there are parts for many threads.
 constexpr std::ptrdiff_t kElementsPerLane = 32, kPartSize = 1 << 15, kMaxParts = 64;
 constexpr std::ptrdiff_t kMinUnits = 16, kSegmentSize = 4096;
+// Elements of a line that are copied at a time, before those of the next line: where they lie far
+// from one another, the cache lines that they share with those stay in the first-level cache.
+constexpr std::ptrdiff_t kTile = 256;
 
 std::ptrdiff_t divide_up(std::ptrdiff_t a, std::ptrdiff_t b) { return (a + b - 1) / b; }
 
@@ -139,7 +142,7 @@ std::ptrdiff_t clamp(std::ptrdiff_t value, std::ptrdiff_t low, std::ptrdiff_t hi
 
 }  // namespace
 
-void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
+void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last) {
   std::ptrdiff_t outer = 1;
   inner_ = 1;
   channels_ = shape[axis];
@@ -158,15 +161,19 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
   parts_ = divide_up(lines, part_lines_);
 
   // What does not
+  channels_last_ = channels_last;
+  part_sums_ = channels_last ? rows_ * channels_ * lanes_ : channels_;
   const std::ptrdiff_t wanted = divide_up(channels_, divide_up(kMinUnits, parts_));
   segment_channels_ = std::max(wanted, divide_up(kSegmentSize, inner_));
   segment_channels_ = clamp(std::min(segment_channels_, kSegmentLanes / lanes_), 1, channels_);
+  if (channels_last) segment_channels_ = channels_;
   segments_ = divide_up(channels_, segment_channels_);
 }
 
-// Adds elements to the sums of their channels, the first of which is where a segment of a line
-// begins; computes them, if both passes are one.
-void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const {
+// Adds elements from `first` on, which is so many behind where a segment of a line begins, to the
+// sums of their channels; computes them, if both passes are one.
+void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums,
+                            std::ptrdiff_t start) const {
   const Operand& dx = job_.operands[0];
   alignas(64) char buffer[kBufferBytes];
   const bool one_pass = job_.count == 2;
@@ -175,7 +182,7 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
     Block block{};
     block.first = static_cast<std::size_t>(first + done);
     block.count = static_cast<std::size_t>(std::min(step, count - done));
-    sums.start = static_cast<std::size_t>(done);
+    sums.start = static_cast<std::size_t>(start + done);
     block.sums = &sums;
     if (one_pass) {
       const Operand& dy = job_.operands[1];
@@ -194,24 +201,38 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
 void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const {
   const std::ptrdiff_t first = segment * segment_channels_;
   const std::ptrdiff_t count = std::min(segment_channels_, channels_ - first);
+  double* to = partial_sums + part * part_sums_ + first;
+  if (channels_last_) lanes = to;
   Sums sums;
   sums.data = lanes;
   sums.size = static_cast<std::size_t>(rows_ * count * lanes_);
   sums.lanes = static_cast<std::size_t>(lanes_);
   sums.run = static_cast<std::size_t>(inner_);
-  if (lanes_ == inner_) sums.lanes = sums.run = sums.size;  // the same order, in longer loops
+  if (channels_last_ || lanes_ == inner_) {  // the same order, in longer loops
+    sums.lanes = sums.size;
+    sums.run = lanes_ == inner_ ? sums.size : static_cast<std::size_t>(inner_ * channels_);
+  }
   std::fill_n(lanes, sums.size, 0.0);
   const std::ptrdiff_t begin = part * part_lines_ * line_size_;
   const std::ptrdiff_t end = std::min(begin + part_lines_ * line_size_, size_);
-  if (segments_ == 1) {
-    add_elements(begin, end - begin, sums);
+  if (segments_ == 1 && (job_.count == 2 || rows_ > 1)) {
+    add_elements(begin, end - begin, sums, 0);
   } else {
-    for (std::ptrdiff_t line = begin; line < end; line += line_size_) {
-      add_elements(line + first * inner_, count * inner_, sums);
+    const std::ptrdiff_t length = count * inner_;
+    // A lane gets all that a channel has in a line before what it has in the next one.
+    const std::ptrdiff_t tile = lanes_ == inner_ ? kTile : inner_;
+    const std::ptrdiff_t step = job_.count == 2 ? length : tile;
+    for (std::ptrdiff_t at = 0; at < length; at += step) {
+      for (std::ptrdiff_t line = begin; line < end; line += line_size_) {
+        add_elements(line + first * inner_ + at, std::min(step, length - at), sums, at);
+      }
     }
   }
   fold(lanes, rows_, count * lanes_);
-  double* to = partial_sums + part * channels_ + first;
+  if (channels_last_) {
+    fold(lanes, lanes_, channels_);
+    return;
+  }
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     fold(lanes + i * lanes_, lanes_, 1);
     to[i] = lanes[i * lanes_];
@@ -229,7 +250,7 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
 
 bool BiasGrad::add_parts(double* total) const {
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
-    add(total, partial_sums + part * channels_, channels_);
+    add(total, partial_sums + part * part_sums_, channels_);
   }
   return true;
 }

@@ -53,18 +53,19 @@ class WeightGrad {
 // An array is outer x channels x inner elements. A line of it is one of the outer rows, or several
 // of them if they are short; some lines in turn are a part. The elements of a channel are added to
 // several lanes, in turn, in all lines of a part. Then the lanes of a channel are added to one sum,
-// and the sums of all parts in turn. Threads share the parts, and segments of the channels.
+// and the sums of all parts in turn. Threads share the parts, and segments of the channels. In
+// memory the channels may come last: the lanes too are in that order then.
 class BiasGrad {
  public:
   // `kernel` computes dx and adds it to sums, if both passes are one, or else adds it alone.
   BiasGrad(const Params* params, Kernel kernel) : params_(params), kernel_(kernel) {}
 
-  // Operand dx, and dy if both passes are one: both contiguous in C order then.
+  // Operand dx, and dy if both passes are one: both contiguous then, in the order of the mask.
   Job& job() { return job_; }
   void set_mask(unsigned char* mask) { mask_ = mask; }
-  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis);
+  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last);
   std::ptrdiff_t units() const { return parts_ * segments_; }
-  std::ptrdiff_t num_partial_sums() const { return parts_ * channels_; }
+  std::ptrdiff_t num_partial_sums() const { return parts_ * part_sums_; }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
@@ -75,7 +76,8 @@ class BiasGrad {
 
  private:
   void run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const;
-  void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const;
+  void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums,
+                    std::ptrdiff_t start) const;
 
   const Params* params_;
   Kernel kernel_;
@@ -85,6 +87,8 @@ class BiasGrad {
   std::ptrdiff_t rows_ = 0, line_size_ = 0;  // of a line
   std::ptrdiff_t lanes_ = 0;                 // of a channel
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
+  bool channels_last_ = false;
+  std::ptrdiff_t part_sums_ = 0;  // of a part; with the channels last, all its lanes
   std::ptrdiff_t segment_channels_ = 0, segments_ = 0;
 };
 

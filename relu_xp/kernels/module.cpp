@@ -446,11 +446,11 @@ PyObject* bias_relu_with_mask(Arguments args) {
 }
 
 // Lays out the job of backward(params, dy, mask, axes, out), and returns its output.
-PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job) {
+// `permutation` gets the axes, if they are not None.
+PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job, int* permutation) {
   const Params* params = parse_params(args[0]);
   PyArrayObject* dy = params == nullptr ? nullptr : parse_array(args[1], "dy", params->dtype);
   PyArrayObject* mask = dy == nullptr ? nullptr : parse_mask(args[2], *params, PyArray_SIZE(dy));
-  int permutation[NPY_MAXDIMS];
   const int* axes = args[3] == Py_None ? nullptr : permutation;
   if (mask == nullptr || (axes != nullptr && !parse_axes(args[3], dy, permutation))) return nullptr;
   PyArrayObject* out = parse_out(out_object, dy, PyArray_DESCR(dy), axes);
@@ -467,7 +467,8 @@ PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job) 
 // backward(params, dy, mask, axes, out)
 PyObject* backward(Arguments args) {
   Job job;
-  PyArrayObject* out = prepare_backward(args, args[4], job);
+  int permutation[NPY_MAXDIMS];
+  PyArrayObject* out = prepare_backward(args, args[4], job, permutation);
   return out == nullptr ? nullptr : execute(job, out);
 }
 
@@ -509,6 +510,20 @@ PyObject* finish_sums(PyObject* sums, bool narrow) {
   return result;
 }
 
+// Whether an axis comes last in a permutation of the array's axes, and the others in order; those
+// of length 1 may be anywhere.
+bool is_last(int axis, const int* axes, PyArrayObject* array) {
+  int before = -1;
+  bool found = false;
+  for (int i = 0; i < PyArray_NDIM(array); ++i) {
+    if (PyArray_DIM(array, axes[i]) == 1) continue;
+    if (found || (axes[i] != axis && axes[i] < before)) return false;
+    found = axes[i] == axis;
+    before = axes[i];
+  }
+  return true;
+}
+
 // bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
 // The sum has the dtype if that is float32, else float64.
 PyObject* bias_relu_backward(Arguments args) {
@@ -517,7 +532,8 @@ PyObject* bias_relu_backward(Arguments args) {
     return nullptr;
   }
   Job job;
-  PyArrayObject* out = prepare_backward(args, args[6], job);
+  int axes[NPY_MAXDIMS];
+  PyArrayObject* out = prepare_backward(args, args[6], job, axes);
   if (out == nullptr) return nullptr;
   const int axis = parse_axis(args[4], out);
   npy_intp channels = axis < 0 ? 0 : PyArray_DIM(out, axis);
@@ -526,19 +542,23 @@ PyObject* bias_relu_backward(Arguments args) {
     Py_DECREF(out);
     return nullptr;
   }
-  const Operand *dx = job.operands, *dy = dx + 1;
+  const bool channels_last = args[3] != Py_None && is_last(axis, axes, out);
   // Otherwise dx is read again, in the order of C.
-  const bool one_pass = args[3] == Py_None && dx->c_contiguous && dy->c_contiguous;
+  const bool one_pass = job.operands[0].contiguous && job.operands[1].contiguous &&
+                        (args[3] == Py_None || channels_last);
   const Operation summed = job.params->three_branches != 0 ? kBackwardBytesSum : kBackwardBitsSum;
   BiasGrad grad(job.params, one_pass ? kernel_of(*job.params, summed)
                                      : kernel_of(kRelu[job.params->dtype], kSumChannels));
-  add_operand(grad.job(), out);
-  if (one_pass) grad.job().operands[grad.job().count++] = *dy;
-  lay_out(grad.job(), nullptr);
+  if (one_pass) {
+    grad.job() = job;
+  } else {
+    add_operand(grad.job(), out);
+    lay_out(grad.job(), nullptr);
+  }
   const auto nbytes = set_access(grad.job());
   grad.set_mask(job.mask);
   if (PyArray_SIZE(out) > 0) {
-    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis);
+    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass && channels_last);
     if (!allocate_sums(grad)) {  // before dy may be overwritten
       Py_DECREF(out);
       Py_DECREF(sums);

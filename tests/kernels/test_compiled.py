@@ -343,14 +343,21 @@ def test_shape_and_axis_alone_decide_the_order_of_additions(shape, dtype):
         others = tuple(other for other in range(x.ndim) if other != axis)
         exact = dx.astype(np.float64).sum(others)
         np.testing.assert_allclose(wanted, exact, rtol=1e-9, atol=1e-9)
-        for order, dy_order, threads in (
-            ("C", "C", 1),
-            ("C", "C", 2),
-            ("F", "F", 3),
-            ("C", "F", 7),
+
+        def last(a, axis=axis):  # in memory
+            return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, axis, -1)), -1, axis)
+
+        for layout, dy_layout, threads in (
+            (np.copy, np.copy, 1),
+            (np.copy, np.copy, 2),
+            (last, last, 1),
+            (last, last, 4),
+            (last, np.copy, 2),
+            (np.asfortranarray, np.asfortranarray, 3),
+            (np.copy, np.asfortranarray, 7),
         ):
             with mode("threads", threads):
-                a, b = np.array(x, order=order), np.array(dy, order=dy_order)
+                a, b = layout(x), dy_layout(dy)
                 _, mask = compiled_backend.bias_relu_with_mask(params, a, bias, axis, None, None)
                 _, got = compiled_backend.bias_relu_backward(params, b, mask, *arguments)
             np.testing.assert_array_equal(bits(got), bits(wanted))
