@@ -21,6 +21,7 @@ Timer = Callable[[], float]  # makes one timing; seconds per call
 _SHORT = 200e-6  # seconds; a call that takes less is repeated within one timing
 _REPEATED = 2e-3  # seconds that such a timing takes, so that its first, uncached calls do not count
 _REST = 0.01  # seconds; the threads of OpenMP, which PyTorch has, spin some 6 ms after a call
+_REST_AT_MOST = 0.3  # seconds; those of OpenBLAS, which NumPy has, spin about 100 ms
 
 
 def free_names(code: str) -> set[str]:
@@ -122,6 +123,21 @@ def _wall_clock(run: Run, rest: bool) -> Timer:
         return _seconds(run, calls)
 
     return timer
+
+
+def warm_seconds(run: Run, calls: int) -> float:
+    """Return the seconds per call of several in a row, after one that warms the caches.
+
+    It first waits until other threads of this process sleep.
+    """
+    end = time.perf_counter() + _REST_AT_MOST
+    share = 2.0
+    while share > 1.2 and time.perf_counter() < end:
+        start = time.perf_counter(), time.process_time()
+        _rest(copying=False)
+        share = (time.process_time() - start[1]) / (time.perf_counter() - start[0])
+    run(1)
+    return _seconds(run, calls)
 
 
 def _seconds(run: Run, calls: int) -> float:

@@ -81,13 +81,16 @@ def _store(array: Any, gradient: Any, others: tuple[Any, Any]) -> Any:
 
     Nor is it written if it is of another kind, or shares memory with the others.
     """
-    if not _are_alike(array, gradient) or any(array is other for other in others):
+    if any(array is other for other in others):
         return gradient
     backend = backend_for("backward", "dy", gradient)
-    try:
-        backend.check_out(array, others)
-    except (TypeError, ValueError):
-        return gradient
+    if not all(backend.is_valid_out(array, gradient, other) for other in others):
+        if not _are_alike(array, gradient):
+            return gradient
+        try:
+            backend.check_out(array, others)
+        except (TypeError, ValueError):
+            return gradient
     return backend.store(gradient, array)
 
 

@@ -1,8 +1,9 @@
 """``relu-xp train``: a small classifier of handwritten digits, on any array library.
 
-The network (64 pixels, two hidden layers of 128 units with `relu_xp.ReLU`, 10 classes) and its
-training use the Python array API standard alone. Arrays are never written, because some libraries'
-cannot be, and the loss is read from the device once per epoch.
+The network has 64 pixels, two hidden layers of 128 units with `relu_xp.bias_relu`, and 10 classes.
+All is the Python array API standard, which has ``+=`` for every library; but on NumPy, CuPy and
+PyTorch the parameters are views of one array, and so are their gradients, which `matmul` writes
+there. An update is then four operations. The loss is read from the device once per epoch.
 
 Every random number is drawn with NumPy from one seed. Two runs with one seed give the same bits on
 one machine and library; different libraries differ by rounding alone.
@@ -26,7 +27,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from relu_xp import ReLU, plotting
+from relu_xp import bias_relu, bias_relu_vjp, plotting
 from relu_xp.cli import _shared
 from relu_xp.dispatch import namespace
 
@@ -142,7 +143,8 @@ def train(backend: str | None = None, epochs: int = EPOCHS, seed: int = 0) -> Re
     parameters and their update stay here, so that nothing is lost with a worker.
     """
     library = _shared.choose_library(backend)
-    xp, gradient = library.xp, _gradient
+    xp: Any = library.xp
+    gradient: Any = _gradient
     if library.name == "dask":
         xp, gradient = namespace("numpy"), _gradient_of_chunks
     tqdm = _shared.import_extra("tqdm", "tqdm").tqdm
@@ -153,9 +155,14 @@ def train(backend: str | None = None, epochs: int = EPOCHS, seed: int = 0) -> Re
     parameters: list[Any] = []
     for inputs, outputs in itertools.pairwise((_SIDE * _SIDE, *_HIDDEN, _CLASSES)):
         weights = rng.standard_normal((inputs, outputs)) * math.sqrt(2 / inputs)  # He et al., 2015
-        parameters += [weights.astype(np.float32), np.zeros(outputs, np.float32)]
-    parameters = [xp.asarray(parameter) for parameter in parameters]
-    velocities = [xp.zeros_like(parameter) for parameter in parameters]
+        parameters += map(xp.asarray, (weights.astype(np.float32), np.zeros(outputs, np.float32)))
+    learned, gradients = parameters, None
+    if library.name in ("numpy", "cupy", "torch"):  # with views, and an `out` of matmul
+        learned = [xp.concat([xp.reshape(parameter, (-1,)) for parameter in parameters])]
+        gradients = [xp.zeros_like(learned[0])]
+        parameters, out = (_views(flat[0], parameters) for flat in (learned, gradients))
+        gradient = functools.partial(_gradient, out=out)
+    velocities = [xp.zeros_like(array) for array in learned]
     steps = count // _BATCH  # whole batches: JAX would compile for another shape
     losses: list[float] = []
     accuracies: list[float] = []
@@ -178,14 +185,19 @@ def train(backend: str | None = None, epochs: int = EPOCHS, seed: int = 0) -> Re
             total = xp.zeros((), dtype=images.dtype)
             for step, (x, target) in enumerate(batches):
                 rate = _RATE * (1 + math.cos(math.pi * (epoch + step / steps) / epochs)) / 2
-                loss, *gradients = gradient(parameters, x, target)
-                velocities = _add([_MOMENTUM * v for v in velocities], gradients)
-                parameters = _add(parameters, [-rate * v for v in velocities])
-                total = total + loss
+                loss, *found = gradient(parameters, x, target)
+                for k, array in enumerate(gradients or found):
+                    velocities[k] *= _MOMENTUM
+                    velocities[k] += array
+                    learned[k] -= rate * velocities[k]
+                total += loss
             losses.append(float(total) / steps)  # waits for the device
             seconds.append(time.perf_counter() - start)
 
-            logits, _ = _forward(parameters, test_images, training=False)
+            y = test_images
+            for k in range(0, len(parameters) - 2, 2):
+                y = bias_relu(y @ parameters[k], parameters[k + 1])
+            logits = y @ parameters[-2] + parameters[-1]
             hits = xp.argmax(logits, axis=1) == test_labels
             accuracies.append(int(xp.sum(xp.astype(hits, xp.int32))) / test_labels.shape[0])
             reached = f"loss {losses[-1]:.4f}, test accuracy {accuracies[-1]:.1%}"
@@ -196,36 +208,42 @@ def train(backend: str | None = None, epochs: int = EPOCHS, seed: int = 0) -> Re
     return Result(library.name, library.device, seed, tuple(losses), tuple(accuracies), speed)
 
 
-def _forward(parameters: list[Any], x: Any, training: bool) -> tuple[Any, list[tuple[Any, ReLU]]]:
-    """Return the logits, and the input of each dense layer but the first with its activation.
+def _views(flat: Any, arrays: list[Any]) -> list[Any]:
+    """Return the parts of an array, each in the shape of another one."""
+    ends = itertools.accumulate(math.prod(array.shape) for array in arrays)
+    parts = zip(ends, arrays, strict=True)
+    return [flat[end - math.prod(a.shape) : end].reshape(a.shape) for end, a in parts]
 
-    The parameters are weights, shape (inputs, outputs), and biases of each dense layer in turn.
+
+def _gradient(parameters: list[Any], x: Any, target: Any, out: Any = None) -> list[Any]:
+    """Return the mean cross-entropy of a batch, and its gradient for each parameter.
+
+    The parameters are weights, shape (inputs, outputs), and biases of each dense layer in turn. If
+    `out` is given, arrays like them, it gets the gradients.
     """
-    hidden = []
-    y = x @ parameters[0] + parameters[1]
-    for weights, biases in zip(parameters[2::2], parameters[3::2], strict=True):
-        activation = ReLU()
-        y = activation.forward(y, training=training)
-        hidden.append((y, activation))
-        y = y @ weights + biases
-    return y, hidden
-
-
-def _gradient(parameters: list[Any], x: Any, target: Any) -> list[Any]:
-    """Return the mean cross-entropy of a batch, and its gradient for each parameter."""
     xp = array_api_compat.array_namespace(x)
-    logits, hidden = _forward(parameters, x, training=True)
+    inputs, pullbacks = [x], list[Any]()
+    for k in range(0, len(parameters) - 2, 2):
+        y, pullback = bias_relu_vjp(inputs[-1] @ parameters[k], parameters[k + 1])
+        inputs, pullbacks = [*inputs, y], [*pullbacks, pullback]
+    logits = inputs[-1] @ parameters[-2] + parameters[-1]
     shifted = logits - xp.max(logits, axis=1, keepdims=True)  # no exponential overflows
     exponentials = xp.exp(shifted)
     sums = xp.sum(exponentials, axis=1, keepdims=True)
     loss = xp.sum(target * (xp.log(sums) - shifted)) / x.shape[0]
     dy = (exponentials / sums - target) / x.shape[0]
+    db = xp.sum(dy, axis=0)
     gradients: list[Any] = []
-    for weights in parameters[-2:0:-2]:
-        y, activation = hidden.pop()
-        gradients = [xp.matrix_transpose(y) @ dy, xp.sum(dy, axis=0), *gradients]
-        dy = activation.backward(dy @ xp.matrix_transpose(weights))
-    return [loss, xp.matrix_transpose(x) @ dy, xp.sum(dy, axis=0), *gradients]
+    for k in reversed(range(len(inputs))):
+        if out is None:
+            dw = inputs[k].T @ dy
+        else:
+            dw = xp.matmul(inputs[k].T, dy, out=out[2 * k])
+            out[2 * k + 1][...] = db
+        gradients = [dw, db, *gradients]
+        if k:
+            dy, db = pullbacks[k - 1](dy @ parameters[2 * k].T)
+    return [loss, *gradients]
 
 
 def _gradient_of_chunks(parameters: list[Any], x: Any, target: Any) -> list[Any]:
@@ -239,8 +257,4 @@ def _gradient_of_chunks(parameters: list[Any], x: Any, target: Any) -> list[Any]
     shared = dask.delayed(parameters, traverse=False, pure=False)
     chunks = zip(np.split(x, _CHUNKS), np.split(target, _CHUNKS), strict=True)
     gradients = dask.compute(*(dask.delayed(_gradient, pure=False)(shared, *c) for c in chunks))
-    return [total / _CHUNKS for total in functools.reduce(_add, gradients)]
-
-
-def _add(left: list[Any], right: list[Any]) -> list[Any]:
-    return [a + b for a, b in zip(left, right, strict=True)]
+    return [sum(parts) / _CHUNKS for parts in zip(*gradients, strict=True)]

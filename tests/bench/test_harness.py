@@ -30,6 +30,28 @@ def test_candidates_take_turns_and_a_ratio_is_of_one_round(bench):
     assert ratio.quartiles == pytest.approx(((7 / 9 + 1.2) / 2, (1.2 + 1.5) / 2))
 
 
+def test_a_warm_timing_is_of_the_calls_after_the_first(bench, monkeypatch):
+    clock, calls = [0.0], []
+    monkeypatch.setattr(bench.harness.time, "perf_counter", lambda: clock[0])
+    busy = iter([0.0, 0.02, 0.02, 0.03, 0.03, 0.04])  # of the process: another thread runs once
+    monkeypatch.setattr(bench.harness.time, "process_time", lambda: next(busy))
+    rests = []
+
+    def rest(copying):
+        rests.append(copying)
+        clock[0] += 0.01
+
+    monkeypatch.setattr(bench.harness, "_rest", rest)
+
+    def run(count):
+        calls.append(count)
+        clock[0] += 2.0 * count
+
+    assert bench.harness.warm_seconds(run, 5) == pytest.approx(2.0)
+    assert calls == [1, 5]
+    assert rests == [False, False]
+
+
 def test_sets_take_turns(bench):
     seen = []
     sets = [{"x": number, "unused": None} for number in range(3)]

@@ -122,6 +122,16 @@ def test_the_dtype_is_kept_and_large_logits_do_not_overflow(require, backend):
         assert xp.all(xp.isfinite(array))
 
 
+def test_gradients_in_given_arrays():
+    parameters, x, target = problem(np.float32)
+    fresh = train._gradient(parameters, x, target)
+    flat = np.full(sum(parameter.size for parameter in parameters), np.nan, np.float32)
+    written = train._gradient(parameters, x, target, train._views(flat, parameters))
+    np.testing.assert_array_equal(flat, np.concatenate([array.ravel() for array in fresh[1:]]))
+    for ours, array in zip(written, fresh, strict=True):
+        np.testing.assert_array_equal(ours, array)
+
+
 # ---- the command
 
 

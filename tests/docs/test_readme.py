@@ -141,7 +141,7 @@ def figures():
     """Return the tables of bench/README.md."""
     result = measured("cpu.json")
     texts = [conditions(result["limit"])]
-    for section in ("limit", "layouts", "prelu", "versions", "import"):
+    for section in ("limit", "layouts", "prelu", "bias", "versions", "import"):
         rows = result[section]["rows"]
         for group in dict.fromkeys(row["group"] for row in rows):
             cells = [
@@ -167,6 +167,29 @@ def frameworks():
     return markdown([when, "dtype", *shapes], cells)
 
 
+def training():
+    """Return the table of training steps in bench/README.md, or that there are no figures yet."""
+    if not (ROOT / "bench/results/training.json").exists():
+        return "Training steps on a CPU: not measured."
+    section = measured("training.json")["cpu"]
+    cells = {}
+    for row in section["rows"]:
+        case, _, part = row["group"].rpartition(": ")
+        time, ratio = f"{row.get('us', 0):,.0f} us", f"{row.get('value', 0):.2f}"
+        if row["candidate"].startswith("matrix products"):
+            text = f"{time}, {row['share']:.0%}"
+        else:
+            text = row.get("note") or (time if row["candidate"].startswith("relu_xp") else ratio)
+        cells.setdefault((part, row["candidate"]), {})[case] = text
+    cases = list(dict.fromkeys(row["group"].rpartition(": ")[0] for row in section["rows"]))
+    order = sorted(cells.items(), key=lambda item: item[0][0])  # steps, then parts of them
+    header = ["a step, and without its matrix products", *cases]
+    rows = [[name, *(row[case] for case in cases)] for (_, name), row in order]
+    versions = section["conditions"]["versions"]
+    others = f"{conditions(section)[:-1]}, JAX {versions['jax']}."
+    return f"{others}\n\n{markdown(header, rows)}"
+
+
 @pytest.mark.parametrize(
     ("name", "table"),
     [
@@ -174,6 +197,7 @@ def frameworks():
         ("README.md", speed),
         ("bench/README.md", figures),
         ("bench/README.md", frameworks),
+        ("bench/README.md", training),
     ],
 )
 def test_tables_are_computed(name, table):
