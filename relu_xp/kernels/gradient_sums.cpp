@@ -139,7 +139,7 @@ std::ptrdiff_t clamp(std::ptrdiff_t value, std::ptrdiff_t low, std::ptrdiff_t hi
 
 }  // namespace
 
-void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
+void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last) {
   std::ptrdiff_t outer = 1;
   inner_ = 1;
   channels_ = shape[axis];
@@ -158,10 +158,13 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis) {
   parts_ = divide_up(lines, part_lines_);
 
   // What does not
-  const std::ptrdiff_t wanted = divide_up(channels_, divide_up(kMinUnits, parts_));
-  segment_channels_ = std::max(wanted, divide_up(kSegmentSize, inner_));
-  segment_channels_ = clamp(std::min(segment_channels_, kSegmentLanes / lanes_), 1, channels_);
-  segments_ = divide_up(channels_, segment_channels_);
+  channels_last_ = channels_last;
+  const std::ptrdiff_t all = channels_last ? rows_ * lanes_ : channels_;
+  const std::ptrdiff_t wanted = divide_up(all, divide_up(kMinUnits, parts_));
+  segment_size_ = std::max(wanted, divide_up(kSegmentSize, channels_last ? channels_ : inner_));
+  if (!channels_last) segment_size_ = std::min(segment_size_, kSegmentLanes / lanes_);
+  segment_size_ = clamp(segment_size_, 1, all);
+  segments_ = divide_up(all, segment_size_);
 }
 
 // Adds elements to the sums of their channels, the first of which is where a segment of a line
@@ -191,9 +194,26 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
   }
 }
 
+// The lanes of a line, in all its rows, are `all`; `lane` is the first one of the segment.
+void BiasGrad::run_channels_last(std::ptrdiff_t part, std::ptrdiff_t segment) const {
+  const std::ptrdiff_t all = rows_ * lanes_, lane = segment * segment_size_;
+  const std::ptrdiff_t count = std::min(segment_size_, all - lane);
+  Sums sums;
+  sums.data = partial_sums + (part * all + lane) * channels_;
+  sums.lanes = sums.run = sums.size = static_cast<std::size_t>(count * channels_);
+  std::fill_n(sums.data, sums.size, 0.0);
+  const std::ptrdiff_t end = std::min((part + 1) * part_lines_ * line_size_, size_);
+  for (std::ptrdiff_t line = part * part_lines_ * line_size_; line < end; line += line_size_) {
+    const std::ptrdiff_t length = std::min(line_size_, end - line) / channels_;
+    for (std::ptrdiff_t k = lane; k < length; k += all) {
+      add_elements(line + k * channels_, std::min(count, length - k) * channels_, sums);
+    }
+  }
+}
+
 void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const {
-  const std::ptrdiff_t first = segment * segment_channels_;
-  const std::ptrdiff_t count = std::min(segment_channels_, channels_ - first);
+  const std::ptrdiff_t first = segment * segment_size_;
+  const std::ptrdiff_t count = std::min(segment_size_, channels_ - first);
   Sums sums;
   sums.data = lanes;
   sums.size = static_cast<std::size_t>(rows_ * count * lanes_);
@@ -223,13 +243,24 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
   alignas(64) double lanes[kSegmentLanes];
   for (auto unit = static_cast<std::ptrdiff_t>(begin); unit < static_cast<std::ptrdiff_t>(end);
        ++unit) {
-    self.run_unit(unit / self.segments_, unit % self.segments_, lanes);
+    const std::ptrdiff_t part = unit / self.segments_, segment = unit % self.segments_;
+    if (self.channels_last_) {
+      self.run_channels_last(part, segment);
+    } else {
+      self.run_unit(part, segment, lanes);
+    }
   }
 }
 
 bool BiasGrad::add_parts(double* total) const {
+  const std::ptrdiff_t size = num_partial_sums() / parts_;
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
-    add(total, partial_sums + part * channels_, channels_);
+    double* sums = partial_sums + part * size;
+    if (channels_last_) {
+      fold(sums, rows_, lanes_ * channels_);
+      fold(sums, lanes_, channels_);
+    }
+    add(total, sums, channels_);
   }
   return true;
 }

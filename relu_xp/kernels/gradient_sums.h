@@ -54,17 +54,23 @@ class WeightGrad {
 // of them if they are short; some lines in turn are a part. The elements of a channel are added to
 // several lanes, in turn, in all lines of a part. Then the lanes of a channel are added to one sum,
 // and the sums of all parts in turn. Threads share the parts, and segments of the channels.
+//
+// Where the channels are last in memory, elements that follow one another belong to different
+// channels. Then all lanes of a part are kept until the end, and threads share segments of them.
 class BiasGrad {
  public:
   // `kernel` computes dx and adds it to sums, if both passes are one, or else adds it alone.
   BiasGrad(const Params* params, Kernel kernel) : params_(params), kernel_(kernel) {}
 
-  // Operand dx, and dy if both passes are one: both contiguous in C order then.
+  // Operand dx, and dy if both passes are one: both contiguous then, in C order or channels last.
   Job& job() { return job_; }
   void set_mask(unsigned char* mask) { mask_ = mask; }
-  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis);
+  // `channels_last`: the axis is the last one in memory; the others lie there in C order.
+  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last);
   std::ptrdiff_t units() const { return parts_ * segments_; }
-  std::ptrdiff_t num_partial_sums() const { return parts_ * channels_; }
+  std::ptrdiff_t num_partial_sums() const {
+    return parts_ * channels_ * (channels_last_ ? rows_ * lanes_ : 1);
+  }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
@@ -74,6 +80,7 @@ class BiasGrad {
   double* partial_sums = nullptr;  // of all parts
 
  private:
+  void run_channels_last(std::ptrdiff_t part, std::ptrdiff_t segment) const;
   void run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const;
   void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const;
 
@@ -85,7 +92,8 @@ class BiasGrad {
   std::ptrdiff_t rows_ = 0, line_size_ = 0;  // of a line
   std::ptrdiff_t lanes_ = 0;                 // of a channel
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
-  std::ptrdiff_t segment_channels_ = 0, segments_ = 0;
+  std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // in channels, or in lanes
+  bool channels_last_ = false;
 };
 
 }  // namespace relu_xp

@@ -509,6 +509,21 @@ PyObject* finish_sums(PyObject* sums, bool narrow) {
   return result;
 }
 
+// Whether one axis of an array is the last one in a permutation, and the others are in C order.
+// Those of length 1 may be anywhere.
+bool is_last(int axis, PyObject* axes, PyArrayObject* array) {
+  int before = -1;
+  bool found = false;
+  for (int i = 0; i < PyArray_NDIM(array); ++i) {
+    const int next = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(axes, i)));
+    if (PyArray_DIM(array, next) == 1) continue;
+    if (found || (next != axis && next < before)) return false;
+    found = next == axis;
+    if (!found) before = next;
+  }
+  return found;
+}
+
 // bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
 // The sum has the dtype if that is float32, else float64.
 PyObject* bias_relu_backward(Arguments args) {
@@ -527,8 +542,9 @@ PyObject* bias_relu_backward(Arguments args) {
     return nullptr;
   }
   const Operand *dx = job.operands, *dy = dx + 1;
+  const bool channels_last = args[3] != Py_None && is_last(axis, args[3], out);
   // Otherwise dx is read again, in the order of C.
-  const bool one_pass = args[3] == Py_None && dx->c_contiguous && dy->c_contiguous;
+  const bool one_pass = dx->contiguous && dy->contiguous && (channels_last || args[3] == Py_None);
   BiasGrad grad(job.params,
                 one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kSumChannels));
   add_operand(grad.job(), out);
@@ -537,7 +553,7 @@ PyObject* bias_relu_backward(Arguments args) {
   const auto nbytes = set_access(grad.job());
   grad.set_mask(job.mask);
   if (PyArray_SIZE(out) > 0) {
-    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis);
+    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass && channels_last);
     if (!allocate_sums(grad)) {  // before dy may be overwritten
       Py_DECREF(out);
       Py_DECREF(sums);
