@@ -139,7 +139,7 @@ std::ptrdiff_t clamp(std::ptrdiff_t value, std::ptrdiff_t low, std::ptrdiff_t hi
 
 }  // namespace
 
-void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last) {
+void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, Channels order) {
   std::ptrdiff_t outer = 1;
   inner_ = 1;
   channels_ = shape[axis];
@@ -158,11 +158,16 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool c
   parts_ = divide_up(lines, part_lines_);
 
   // What does not
-  channels_last_ = channels_last;
-  const std::ptrdiff_t all = channels_last ? rows_ * lanes_ : channels_;
+  order_ = order;
+  if (order == kFirst) {
+    segment_size_ = divide_up(channels_ * parts_, kMaxParts);
+    segments_ = divide_up(channels_ * parts_, segment_size_);
+    return;
+  }
+  const std::ptrdiff_t all = order == kLast ? rows_ * lanes_ : channels_;
   const std::ptrdiff_t wanted = divide_up(all, divide_up(kMinUnits, parts_));
-  segment_size_ = std::max(wanted, divide_up(kSegmentSize, channels_last ? channels_ : inner_));
-  if (!channels_last) segment_size_ = std::min(segment_size_, kSegmentLanes / lanes_);
+  segment_size_ = std::max(wanted, divide_up(kSegmentSize, order == kLast ? channels_ : inner_));
+  if (order == kInOrder) segment_size_ = std::min(segment_size_, kSegmentLanes / lanes_);
   segment_size_ = clamp(segment_size_, 1, all);
   segments_ = divide_up(all, segment_size_);
 }
@@ -195,7 +200,7 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
 }
 
 // The lanes of a line, in all its rows, are `all`; `lane` is the first one of the segment.
-void BiasGrad::run_channels_last(std::ptrdiff_t part, std::ptrdiff_t segment) const {
+void BiasGrad::run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const {
   const std::ptrdiff_t all = rows_ * lanes_, lane = segment * segment_size_;
   const std::ptrdiff_t count = std::min(segment_size_, all - lane);
   Sums sums;
@@ -208,6 +213,23 @@ void BiasGrad::run_channels_last(std::ptrdiff_t part, std::ptrdiff_t segment) co
     for (std::ptrdiff_t k = lane; k < length; k += all) {
       add_elements(line + k * channels_, std::min(count, length - k) * channels_, sums);
     }
+  }
+}
+
+void BiasGrad::run_first(std::ptrdiff_t segment, double* lanes) const {
+  const std::ptrdiff_t size = size_ / channels_, step = part_lines_ * rows_ * inner_;
+  Sums sums;
+  sums.data = lanes;
+  sums.lanes = sums.size = static_cast<std::size_t>(rows_ * lanes_);
+  sums.run = static_cast<std::size_t>(rows_ * inner_);
+  const std::ptrdiff_t end = std::min((segment + 1) * segment_size_, channels_ * parts_);
+  for (std::ptrdiff_t pair = segment * segment_size_; pair < end; ++pair) {
+    const std::ptrdiff_t channel = pair / parts_, part = pair % parts_;
+    std::fill_n(lanes, sums.size, 0.0);
+    add_elements(channel * size + part * step, std::min(step, size - part * step), sums);
+    fold(lanes, rows_, lanes_);
+    fold(lanes, lanes_, 1);
+    partial_sums[part * channels_ + channel] = lanes[0];
   }
 }
 
@@ -244,8 +266,10 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
   for (auto unit = static_cast<std::ptrdiff_t>(begin); unit < static_cast<std::ptrdiff_t>(end);
        ++unit) {
     const std::ptrdiff_t part = unit / self.segments_, segment = unit % self.segments_;
-    if (self.channels_last_) {
-      self.run_channels_last(part, segment);
+    if (self.order_ == kLast) {
+      self.run_last(part, segment);
+    } else if (self.order_ == kFirst) {
+      self.run_first(unit, lanes);
     } else {
       self.run_unit(part, segment, lanes);
     }
@@ -256,7 +280,7 @@ bool BiasGrad::add_parts(double* total) const {
   const std::ptrdiff_t size = num_partial_sums() / parts_;
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
     double* sums = partial_sums + part * size;
-    if (channels_last_) {
+    if (order_ == kLast) {
       fold(sums, rows_, lanes_ * channels_);
       fold(sums, lanes_, channels_);
     }

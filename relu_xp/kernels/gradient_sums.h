@@ -48,6 +48,10 @@ class WeightGrad {
   std::atomic<bool> no_memory_{false};
 };
 
+// Where in memory the axis of the channels is, the other axes being in C order: it is in C order
+// too, or the last one, or the first one.
+enum Channels { kInOrder, kLast, kFirst };
+
 // The backward pass of a bias and ReLU: dx, and its sum over all axes but one.
 //
 // An array is outer x channels x inner elements. A line of it is one of the outer rows, or several
@@ -57,19 +61,20 @@ class WeightGrad {
 //
 // Where the channels are last in memory, elements that follow one another belong to different
 // channels. Then all lanes of a part are kept until the end, and threads share segments of them.
+// Where they are first, threads share segments of all pairs of a channel and a part, which follow
+// one another.
 class BiasGrad {
  public:
   // `kernel` computes dx and adds it to sums, if both passes are one, or else adds it alone.
   BiasGrad(const Params* params, Kernel kernel) : params_(params), kernel_(kernel) {}
 
-  // Operand dx, and dy if both passes are one: both contiguous then, in C order or channels last.
+  // Operand dx, and dy if both passes are one: both contiguous then, in one order of axes.
   Job& job() { return job_; }
   void set_mask(unsigned char* mask) { mask_ = mask; }
-  // `channels_last`: the axis is the last one in memory; the others lie there in C order.
-  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last);
-  std::ptrdiff_t units() const { return parts_ * segments_; }
+  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, Channels order);
+  std::ptrdiff_t units() const { return order_ == kFirst ? segments_ : parts_ * segments_; }
   std::ptrdiff_t num_partial_sums() const {
-    return parts_ * channels_ * (channels_last_ ? rows_ * lanes_ : 1);
+    return parts_ * channels_ * (order_ == kLast ? rows_ * lanes_ : 1);
   }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
@@ -80,7 +85,8 @@ class BiasGrad {
   double* partial_sums = nullptr;  // of all parts
 
  private:
-  void run_channels_last(std::ptrdiff_t part, std::ptrdiff_t segment) const;
+  void run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const;
+  void run_first(std::ptrdiff_t segment, double* lanes) const;
   void run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const;
   void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums) const;
 
@@ -92,8 +98,8 @@ class BiasGrad {
   std::ptrdiff_t rows_ = 0, line_size_ = 0;  // of a line
   std::ptrdiff_t lanes_ = 0;                 // of a channel
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
-  std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // in channels, or in lanes
-  bool channels_last_ = false;
+  std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // in channels, lanes or pairs
+  Channels order_ = kInOrder;
 };
 
 }  // namespace relu_xp

@@ -509,19 +509,29 @@ PyObject* finish_sums(PyObject* sums, bool narrow) {
   return result;
 }
 
-// Whether one axis of an array is the last one in a permutation, and the others are in C order.
-// Those of length 1 may be anywhere.
-bool is_last(int axis, PyObject* axes, PyArrayObject* array) {
-  int before = -1;
-  bool found = false;
+// Writes where the axis of the channels is in a permutation of an array's axes, or None; returns
+// false if the other axes are not in C order, or it is elsewhere. Those of length 1 do not count.
+bool find_channels(PyObject* axes, PyArrayObject* array, int axis, Channels* order) {
+  *order = kInOrder;
+  if (axes == Py_None) return true;
+  int before = -1, count = 0, at = -1;
   for (int i = 0; i < PyArray_NDIM(array); ++i) {
     const int next = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(axes, i)));
     if (PyArray_DIM(array, next) == 1) continue;
-    if (found || (next != axis && next < before)) return false;
-    found = next == axis;
-    if (!found) before = next;
+    if (next == axis) {
+      at = count;
+    } else if (next < before) {
+      return false;
+    } else {
+      before = next;
+    }
+    ++count;
   }
-  return found;
+  *order = at == 0 ? kFirst : kLast;
+  // Of fewer terms for each channel the lanes, of which there may be 128, would take more memory
+  // than dx.
+  const bool few = PyArray_SIZE(array) < 256 * PyArray_DIM(array, axis);
+  return at == 0 || (at > 0 && at == count - 1 && !few);
 }
 
 // bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
@@ -542,9 +552,10 @@ PyObject* bias_relu_backward(Arguments args) {
     return nullptr;
   }
   const Operand *dx = job.operands, *dy = dx + 1;
-  const bool channels_last = args[3] != Py_None && is_last(axis, args[3], out);
+  Channels order;
   // Otherwise dx is read again, in the order of C.
-  const bool one_pass = dx->contiguous && dy->contiguous && (channels_last || args[3] == Py_None);
+  const bool one_pass =
+      dx->contiguous && dy->contiguous && find_channels(args[3], out, axis, &order);
   BiasGrad grad(job.params,
                 one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kSumChannels));
   add_operand(grad.job(), out);
@@ -553,7 +564,7 @@ PyObject* bias_relu_backward(Arguments args) {
   const auto nbytes = set_access(grad.job());
   grad.set_mask(job.mask);
   if (PyArray_SIZE(out) > 0) {
-    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass && channels_last);
+    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass ? order : kInOrder);
     if (!allocate_sums(grad)) {  // before dy may be overwritten
       Py_DECREF(out);
       Py_DECREF(sums);
