@@ -105,7 +105,7 @@ void WeightGrad::run(void* context, std::size_t begin, std::size_t end) {
     const std::ptrdiff_t rows = self.rows_of(part);
     self.write_terms(part * self.step_ * self.row_size_, rows * self.row_size_, terms.get());
     const std::ptrdiff_t count = self.reduce(rows, terms.get());
-    std::memcpy(self.partial_sums + part * self.part_sums_, terms.get(),
+    std::memcpy(self.partial_sums_ + part * self.part_sums_, terms.get(),
                 static_cast<std::size_t>(count) * sizeof(double));
   }
 }
@@ -114,7 +114,7 @@ bool WeightGrad::add_parts(double* total) const {
   if (no_memory_) return false;
   for (std::ptrdiff_t part = 0; part < units(); ++part) {
     const std::ptrdiff_t count = rows_summed_ ? row_sums_ : rows_of(part) * row_sums_;
-    add(total, partial_sums + part * part_sums_, count);
+    add(total, partial_sums_ + part * part_sums_, count);
     if (!rows_summed_) total += count;
   }
   return true;
@@ -204,7 +204,7 @@ void BiasGrad::run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const {
   const std::ptrdiff_t all = rows_ * lanes_, lane = segment * segment_size_;
   const std::ptrdiff_t count = std::min(segment_size_, all - lane);
   Sums sums;
-  sums.data = partial_sums + (part * all + lane) * channels_;
+  sums.data = partial_sums_ + (part * all + lane) * channels_;
   sums.lanes = sums.run = sums.size = static_cast<std::size_t>(count * channels_);
   std::fill_n(sums.data, sums.size, 0.0);
   const std::ptrdiff_t end = std::min((part + 1) * part_lines_ * line_size_, size_);
@@ -229,7 +229,7 @@ void BiasGrad::run_first(std::ptrdiff_t segment, double* lanes) const {
     add_elements(channel * size + part * step, std::min(step, size - part * step), sums);
     fold(lanes, rows_, lanes_);
     fold(lanes, lanes_, 1);
-    partial_sums[part * channels_ + channel] = lanes[0];
+    partial_sums_[part * channels_ + channel] = lanes[0];
   }
 }
 
@@ -253,7 +253,7 @@ void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lan
     }
   }
   fold(lanes, rows_, count * lanes_);
-  double* to = partial_sums + part * channels_ + first;
+  double* to = partial_sums_ + part * channels_ + first;
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     fold(lanes + i * lanes_, lanes_, 1);
     to[i] = lanes[i * lanes_];
@@ -279,7 +279,7 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
 bool BiasGrad::add_parts(double* total) const {
   const std::ptrdiff_t size = num_partial_sums() / parts_;
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
-    double* sums = partial_sums + part * size;
+    double* sums = partial_sums_ + part * size;
     if (order_ == kLast) {
       fold(sums, rows_, lanes_ * channels_);
       fold(sums, lanes_, channels_);

@@ -23,13 +23,13 @@ class WeightGrad {
   void set_shape(const std::ptrdiff_t* sum_shape);
   std::ptrdiff_t units() const { return (rows_ + step_ - 1) / step_; }
   std::ptrdiff_t num_partial_sums() const { return units() * part_sums_; }
+  void set_partial_sums(double* sums) { partial_sums_ = sums; }
+  double* partial_sums() const { return partial_sums_; }
 
   // Sums some of the parts of the context, a WeightGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
   // Adds the sums of all parts to `total`; returns false if a part had no memory.
   bool add_parts(double* total) const;
-
-  double* partial_sums = nullptr;  // of all parts
 
  private:
   void write_terms(std::ptrdiff_t first, std::ptrdiff_t count, double* terms) const;
@@ -38,13 +38,14 @@ class WeightGrad {
 
   Job job_{};
   Kernel dy_to_double_, x_to_double_;
-  bool summed_[kMaxDims] = {};    // axes
-  bool rows_summed_ = false;      // the first axis
-  std::ptrdiff_t rows_ = 0;       // of the first axis
-  std::ptrdiff_t row_size_ = 0;   // elements of one
-  std::ptrdiff_t row_sums_ = 0;   // sums of one
-  std::ptrdiff_t step_ = 0;       // rows of a part
-  std::ptrdiff_t part_sums_ = 0;  // sums of a whole part
+  bool summed_[kMaxDims] = {};      // axes
+  bool rows_summed_ = false;        // the first axis
+  std::ptrdiff_t rows_ = 0;         // of the first axis
+  std::ptrdiff_t row_size_ = 0;     // elements of one
+  std::ptrdiff_t row_sums_ = 0;     // sums of one
+  std::ptrdiff_t step_ = 0;         // rows of a part
+  std::ptrdiff_t part_sums_ = 0;    // sums of a whole part
+  double* partial_sums_ = nullptr;  // of all parts
   std::atomic<bool> no_memory_{false};
 };
 
@@ -76,13 +77,13 @@ class BiasGrad {
   std::ptrdiff_t num_partial_sums() const {
     return parts_ * channels_ * (order_ == kLast ? rows_ * lanes_ : 1);
   }
+  void set_partial_sums(double* sums) { partial_sums_ = sums; }
+  double* partial_sums() const { return partial_sums_; }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
   // Adds the sums of all parts to `total`; returns true, since no part needs memory.
   bool add_parts(double* total) const;
-
-  double* partial_sums = nullptr;  // of all parts
 
  private:
   void run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const;
@@ -100,6 +101,7 @@ class BiasGrad {
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
   std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // in channels, lanes or pairs
   Channels order_ = kInOrder;
+  double* partial_sums_ = nullptr;  // of all parts
 };
 
 }  // namespace relu_xp

@@ -476,8 +476,8 @@ PyObject* backward(Arguments args) {
 template <class Grad>
 bool allocate_sums(Grad& grad) {
   const auto count = static_cast<std::size_t>(grad.num_partial_sums());
-  grad.partial_sums = static_cast<double*>(PyMem_RawMalloc(count * sizeof(double)));
-  return grad.partial_sums != nullptr;
+  grad.set_partial_sums(static_cast<double*>(PyMem_RawMalloc(count * sizeof(double))));
+  return grad.partial_sums() != nullptr;
 }
 
 // Runs all parts and adds their sums to `total`; returns false if a part had no memory.
@@ -486,7 +486,7 @@ bool add_gradient(Grad& grad, PyObject* total, Py_ssize_t nbytes) {
   run_task(Grad::run, &grad, static_cast<std::size_t>(grad.units()), 1, 1, nbytes);
   void* sums = PyArray_DATA(reinterpret_cast<PyArrayObject*>(total));
   const bool done = grad.add_parts(static_cast<double*>(sums));
-  PyMem_RawFree(grad.partial_sums);
+  PyMem_RawFree(grad.partial_sums());
   return done;
 }
 
