@@ -22,6 +22,7 @@ from sysconfig import get_config_var
 SOURCES = (
     "*.cpp",
     "*/cpu_kernels.h",
+    "*/gradient_sums.h",
     "*/prelu.h",
     "*/strided.h",
     "*/thread_pool.h",

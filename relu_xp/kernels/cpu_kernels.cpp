@@ -559,15 +559,30 @@ struct Sum {
   WordOf<F> operator[](std::size_t i) const { return sum<F>(x[i], bias[i]); }
 };
 
-// The input of an activation, in blocks one after the other: x, or x + bias. If `in_place`, the sum
-// is computed where it is used, once; otherwise it is written to a buffer first.
+// The input of an activation, in blocks one after the other: x, or if `biased` x + bias. If
+// `in_place`, the sum is computed where it is used, once; otherwise it is written to a buffer
+// first.
+template <class F, bool biased, bool in_place>
+class Input {
+ public:
+  explicit Input(const Block& block) : block_(block) {}
+
+  // Calls function(x) for the next n elements.
+  template <class Function>
+  RELU_XP_ALWAYS_INLINE void next(std::size_t start, std::size_t /*n*/, Function function) {
+    function(input<F>(block_, 0, start));
+  }
+
+ private:
+  const Block& block_;
+};
+
 template <class F, bool in_place>
-class BiasInput {
+class Input<F, true, in_place> {
  public:
   using Word = WordOf<F>;
 
-  explicit BiasInput(const Block& block) : block_(block), bias_(block.bias) {
-    if (bias_.data == nullptr) return;
+  explicit Input(const Block& block) : block_(block), bias_(*block.bias) {
     channel_ = block.first / bias_.run % bias_.channels;
     at_ = block.first % bias_.run;
     if (repeats()) {  // often enough that any block has its bias in one piece
@@ -577,11 +592,9 @@ class BiasInput {
     }
   }
 
-  // Calls function(x) for the next n elements.
   template <class Function>
   RELU_XP_ALWAYS_INLINE void next(std::size_t start, std::size_t n, Function function) {
     const Word* x = input<F>(block_, 0, start);
-    if (bias_.data == nullptr) return function(x);
     const Word* bias = next_bias(n);
     if constexpr (in_place) {
       function(Sum<F>{x, bias});
@@ -638,7 +651,6 @@ template <class F>
 class ChannelSums {
  public:
   explicit ChannelSums(const Sums& sums) : sums_(sums) {
-    if (sums.data == nullptr) return;
     at_ = sums.start % sums.run;
     lane_ = at_ % sums.lanes;
     first_ = sums.start / sums.run * sums.lanes % sums.size;
@@ -712,7 +724,8 @@ class Activation {
   // Whether products are computed in the loop that uses them, or before it for the whole block. GCC
   // vectorizes such a loop only where its length is a constant.
   static constexpr bool inline_products = variant == kLeaky && !is_16_bit<F>;
-  using Input = BiasInput<F, !has_a && !is_16_bit<F>>;  // without products: in one loop
+  // Whether the loop that selects computes its input too: not where there are products of it.
+  static constexpr bool in_place = !has_a && !is_16_bit<F>;
 
   explicit Activation(const Params& params)
       : rule_(static_cast<Word>(params.threshold), static_cast<Word>(params.max_value)),
@@ -797,15 +810,15 @@ class Activation {
   Word high_[has_b ? kLanes<F> : 1];
 };
 
-template <class F, Variant variant>
+template <class F, Variant variant, bool biased>
 void forward(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
   // Without products all elements can be one block (100,000 float32 with SSE: 9 us, else 14).
-  if (!activation.has_a && !block.stream && block.prefetch == 0 && block.bias.data == nullptr) {
+  if (!activation.has_a && !biased && !block.stream && block.prefetch == 0) {
     auto* y = reinterpret_cast<WordOf<F>*>(block.out);
     return activation.forward(input<F>(block, 0, 0), y, block.count);
   }
-  typename Activation<F, variant>::Input inputs(block);
+  Input<F, biased, activation.in_place> inputs(block);
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
         inputs.next(start, n,
@@ -813,24 +826,25 @@ void forward(const Params& params, const Block& block) {
       });
 }
 
-template <class F, Variant variant>
+template <class F, Variant variant, bool biased>
 void forward_bits(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
-  typename Activation<F, variant>::Input inputs(block);
+  Input<F, biased, activation.in_place> inputs(block);
+  unsigned char* mask = block.mask + block.first / 8;  // where a byte begins
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
         Branches<F> branches;
         inputs.next(start, n, [&](auto x) __attribute__((always_inline)) {
           activation.forward(x, y, branches.words, n);
         });
-        pack<F>(branches, block.mask, block.first + start, n);
+        pack<F>(branches, mask, start, n);
       });
 }
 
-template <class F, Variant variant>
+template <class F, Variant variant, bool biased>
 void branches(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
-  BiasInput<F, false> inputs(block);
+  Input<F, biased, false> inputs(block);
   for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
     const std::size_t n = smaller(kLanes<F>, block.count - start);
     WordOf<F> words[kLanes<F>];
@@ -841,10 +855,10 @@ void branches(const Params& params, const Block& block) {
   }
 }
 
-template <class F, Variant variant, bool bits>
+template <class F, Variant variant, bool bits, bool summed>
 void backward(const Params& params, const Block& block) {
   Activation<F, variant> activation(params);
-  ChannelSums<F> sums(block.sums);
+  ChannelSums<F> sums(summed ? *block.sums : Sums());
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* dx) __attribute__((always_inline)) {
         Branches<F> branches;
@@ -854,7 +868,7 @@ void backward(const Params& params, const Block& block) {
           from_bytes(block.mask + block.first + start, branches.words, n);
         }
         activation.backward(branches.words, input<F>(block, 0, start), dx, n);
-        if (block.sums.data != nullptr) sums.add(dx, n);
+        if constexpr (summed) sums.add(dx, n);
       });
 }
 
@@ -1004,7 +1018,7 @@ void to_double(const Params& /*params*/, const Block& block) {
 
 template <class F>
 void sum_channels(const Params& /*params*/, const Block& block) {
-  ChannelSums<F> sums(block.sums);
+  ChannelSums<F> sums(*block.sums);
   for (std::size_t start = 0; start < block.count; start += kLanes<F>) {
     sums.add(input<F>(block, 0, start), smaller(kLanes<F>, block.count - start));
   }
@@ -1059,12 +1073,23 @@ void forward_integer(const Params& params, const Block& block) {
 // The branches do not depend on the negative slope, and a gradient not on the maximum.
 template <class F, Variant variant, Variant for_branches, Variant for_gradient>
 constexpr void fill_variant(Kernel (&table)[kOperations][kVariants]) {
-  table[kForward][variant] = forward<F, variant>;
-  table[kForwardBits][variant] = forward_bits<F, variant>;
-  table[kBranches][variant] = branches<F, for_branches>;
+  table[kForward][variant] = forward<F, variant, false>;
+  table[kForwardBits][variant] = forward_bits<F, variant, false>;
+  table[kBranches][variant] = branches<F, for_branches, false>;
   table[kBackwardFromInput][variant] = backward_from_input<F, variant>;
-  table[kBackwardBits][variant] = backward<F, for_gradient, true>;
-  table[kBackwardBytes][variant] = backward<F, for_gradient, false>;
+  table[kBackwardBits][variant] = backward<F, for_gradient, true, false>;
+  table[kBackwardBytes][variant] = backward<F, for_gradient, false, false>;
+}
+
+// With a bias a general variant serves all that are not plain: another kernel for each would take
+// half of a minute to compile. Bytes are of three branches.
+template <class F, Variant variant, Variant general, Variant for_gradient>
+constexpr void fill_bias_variant(Kernel (&table)[kOperations][kVariants]) {
+  table[kBiasForward][variant] = forward<F, general, true>;
+  table[kBiasForwardBits][variant] = forward_bits<F, general, true>;
+  table[kBiasBranches][variant] = branches<F, kGeneralClipped, true>;
+  table[kBackwardBitsSum][variant] = backward<F, for_gradient, true, true>;
+  table[kBackwardBytesSum][variant] = backward<F, kGeneral, false, true>;
 }
 
 template <class F>
@@ -1074,6 +1099,11 @@ constexpr void fill(Kernel (&table)[kOperations][kVariants]) {
   fill_variant<F, kClipped, kClipped, kPlain>(table);
   fill_variant<F, kGeneral, kGeneral, kGeneral>(table);
   fill_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table);
+  fill_bias_variant<F, kPlain, kPlain, kPlain>(table);
+  fill_bias_variant<F, kLeaky, kGeneral, kGeneral>(table);
+  fill_bias_variant<F, kClipped, kGeneralClipped, kPlain>(table);
+  fill_bias_variant<F, kGeneral, kGeneral, kGeneral>(table);
+  fill_bias_variant<F, kGeneralClipped, kGeneralClipped, kGeneral>(table);
   table[kPrelu][kPlain] = prelu<F, false>;
   table[kPreluBytes][kPlain] = prelu<F, true>;
   table[kScale][kPlain] = scale<F>;

@@ -38,7 +38,7 @@ static_assert(sizeof(Params) == 40, "struct.pack writes 40 bytes");
 
 // A bias along one axis: element k of an array belongs to channel k / run % channels.
 struct Bias {
-  const char* data = nullptr;  // a word for each channel; null if there is no bias
+  const char* data = nullptr;  // a word for each channel
   std::size_t channels = 1;
   std::size_t run = 1;
 };
@@ -46,8 +46,8 @@ struct Bias {
 // Sums of the channels of an array, each kept in some lanes: element k of a channel, which has
 // `run` elements, is added to lane k % lanes. The channels follow one another, and start again.
 struct Sums {
-  double* data = nullptr;  // null if nothing is summed
-  std::size_t size = 1;    // lanes of all channels
+  double* data = nullptr;
+  std::size_t size = 1;  // lanes of all channels
   std::size_t lanes = 1;
   std::size_t run = 1;
   std::size_t start = 0;  // of the block's first element: how many come before it
@@ -63,8 +63,8 @@ struct Block {
   std::size_t count;
   bool stream;        // write past the caches: `out` is no input, and larger than they are
   unsigned prefetch;  // a bit for each input that is larger than the caches
-  Bias bias;          // which a forward pass, and kBranches, add to x
-  Sums sums;          // to which a backward pass adds dx
+  const Bias* bias;   // of those operations that take one
+  const Sums* sums;   // likewise
 };
 
 using Kernel = void (*)(const Params&, const Block&);
@@ -77,6 +77,11 @@ enum Operation {
   kBackwardBits,         // out = f'(x) * dy, from the mask
   kBackwardBytes,        //
   kBackwardFromInput,    // out = f'(x) * dy, from dy and x
+  kBiasForward,          // kForward of x + bias
+  kBiasForwardBits,      // kForwardBits
+  kBiasBranches,         // kBranches
+  kBackwardBitsSum,      // kBackwardBits, and out added to sums
+  kBackwardBytesSum,     // kBackwardBytes
   kPrelu,                // out = value where x is above 0, else slope * value: value, slope, x.
                          // This operation and those below have the variant kPlain alone
   kPreluBytes,           // likewise, where the mask has the branches of x
@@ -87,7 +92,7 @@ enum Operation {
   kCreluMask,            // out = bytes, of x
   kCreluBackward,        // out = the gradient of CReLU from first, second and bytes
   kToDouble,             // out = x in double precision
-  kSumChannels,          // adds x to sums
+  kSumChannels,          // x added to sums
   kOperations
 };
 

@@ -183,8 +183,8 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
     Block block{};
     block.first = static_cast<std::size_t>(first + done);
     block.count = static_cast<std::size_t>(std::min(step, count - done));
-    block.sums = sums;
-    block.sums.start = static_cast<std::size_t>(done);
+    sums.start = static_cast<std::size_t>(done);
+    block.sums = &sums;
     if (one_pass) {
       const Operand& dy = job_.operands[1];
       block.out = dx.data + block.first * dx.itemsize;

@@ -339,7 +339,7 @@ PyObject* bias_relu(Arguments args) {
   PyObject* result = nullptr;
   if (out != nullptr) {
     Job job;
-    job.kernel = kernel_of(*params, kForward);
+    job.kernel = kernel_of(*params, kBiasForward);
     job.params = params;
     add_operand(job, out);
     add_operand(job, x);
@@ -414,11 +414,11 @@ PyObject* run_with_mask(const Params* params, PyArrayObject* x, PyArrayObject* b
   job.params = params;
   job.mask = static_cast<unsigned char*>(PyArray_DATA(mask));
   if (params->three_branches != 0) {
-    job.kernel = kernel_of(*params, kForward);
-    job.branches = kernel_of(*params, kBranches);
+    job.kernel = kernel_of(*params, bias == nullptr ? kForward : kBiasForward);
+    job.branches = kernel_of(*params, bias == nullptr ? kBranches : kBiasBranches);
     job.branches_params = params;
   } else {
-    job.kernel = kernel_of(*params, kForwardBits);
+    job.kernel = kernel_of(*params, bias == nullptr ? kForwardBits : kBiasForwardBits);
   }
   if (bias != nullptr) job.bias = bias_of(bias, x, axis, axes);
   lay_out(job, axes);
@@ -556,8 +556,9 @@ PyObject* bias_relu_backward(Arguments args) {
   // Otherwise dx is read again, in the order of C.
   const bool one_pass =
       dx->contiguous && dy->contiguous && find_channels(args[3], out, axis, &order);
-  BiasGrad grad(job.params,
-                one_pass ? job.kernel : kernel_of(kRelu[job.params->dtype], kSumChannels));
+  const Operation summed = job.params->three_branches != 0 ? kBackwardBytesSum : kBackwardBitsSum;
+  BiasGrad grad(job.params, one_pass ? kernel_of(*job.params, summed)
+                                     : kernel_of(kRelu[job.params->dtype], kSumChannels));
   add_operand(grad.job(), out);
   if (one_pass) grad.job().operands[grad.job().count++] = *dy;
   lay_out(grad.job(), nullptr);

@@ -202,7 +202,7 @@ void run_job(void* context, std::size_t begin, std::size_t end) {
     }
     block.mask = job.mask;
     block.first = at;
-    block.bias = job.bias;
+    block.bias = &job.bias;
     if (job.branches != nullptr) {
       if (job.mask == nullptr) {
         block.mask = branches;

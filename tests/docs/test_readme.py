@@ -63,6 +63,11 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_the_commands_that_ci_runs_are_blocks():
+    commands = re.findall(r"```sh\n(.*?)\n```", TEXTS["README.md"], re.DOTALL)
+    assert [command.split()[-1] for command in commands] == ["train", "pytest"]
+
+
 def test_docstring_examples():
     found = pkgutil.iter_modules(relu_xp.activations.__path__, "relu_xp.activations.")
     results = [doctest.testmod(importlib.import_module(module.name)) for module in found]

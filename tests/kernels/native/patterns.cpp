@@ -94,9 +94,9 @@ constexpr Operation kOperations[] = {
     {"backward from bits", relu_xp::kBackwardBits, "d", 'b'},
     {"backward from bytes", relu_xp::kBackwardBytes, "d", 'm'},
     {"backward from input", relu_xp::kBackwardFromInput, "dx"},
-    {"forward, bias", relu_xp::kForward, "xs", ' ', false, true},
-    {"bits, bias", relu_xp::kForwardBits, "xs", 'b', true, true},
-    {"branches, bias", relu_xp::kBranches, "xs", 'm', true, true},
+    {"forward, bias", relu_xp::kBiasForward, "xs", ' ', false, true},
+    {"bits, bias", relu_xp::kBiasForwardBits, "xs", 'b', true, true},
+    {"branches, bias", relu_xp::kBiasBranches, "xs", 'm', true, true},
     {"prelu", relu_xp::kPrelu, "dsx"},
     {"prelu from bytes", relu_xp::kPreluBytes, "ds", 'm'},
     {"scale", relu_xp::kScale, "ds"},
@@ -248,11 +248,14 @@ void run(const KernelTable& table, const Format& format, const Operation& operat
     block.out = out.data();
     block.mask = mask == nullptr ? nullptr : mask->bytes();
     block.count = operands.count;
+    relu_xp::Bias bias;
     if (operation.biased) {
-      block.bias.data = operands.named(inputs.back())->data();
-      block.bias.channels = operands.count;
+      bias.data = operands.named(inputs.back())->data();
+      bias.channels = operands.count;
     }
-    block.stream = stream && operation.number != relu_xp::kBranches;
+    block.bias = &bias;
+    block.stream = stream && operation.number != relu_xp::kBranches &&
+                   operation.number != relu_xp::kBiasBranches;
     table.floating[format.dtype][operation.number][params.variant](params, block);
     Digest digest;
     for (std::size_t i = 0; i < operands.count; ++i) {
