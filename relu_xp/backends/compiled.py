@@ -127,8 +127,7 @@ class CompiledBackend(NumpyBackend):
         dx = cpu.squared_relu_backward(round_to(x, wide), round_to(dy, wide), None)
         if out is None:
             out = new_like(np, dy.dtype, dy, x)
-        with np.errstate(all="ignore"):
-            out[...] = dx
+        out[...] = round_to(dx, dy.dtype)
         return out
 
     def is_valid_out(self, out: Any, like: _Array, other: _Array) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from dask.sizeof import sizeof
 
 from relu_xp.backends.base import Backend
+from relu_xp.backends.gradient_sums import round_to
 from relu_xp.dispatch import backend_for
 from relu_xp.mask import Mask
 from relu_xp.parameters import CastParameters
@@ -142,8 +143,8 @@ def add(sums: Any, axis: tuple[int, ...], keepdims: bool) -> Any:
 def narrow(dtype: Any, total: Any) -> Any:
     """Return sums in a dtype, silently: they may be beyond its range. One NaN stands for all."""
     xp = array_api_compat.array_namespace(total)
-    with np.errstate(all="ignore"):
-        return xp.where(xp.isnan(total), xp.nan, total).astype(dtype)
+    total = xp.where(xp.isnan(total), xp.nan, total)
+    return round_to(total, dtype) if isinstance(total, np.ndarray) else total.astype(dtype)
 
 
 def on_arrays(function: Callable[..., Any], *chunks: Any) -> Any:

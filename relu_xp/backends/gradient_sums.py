@@ -26,10 +26,18 @@ _ELEMENTS_PER_LANE, _PART_SIZE, _MAX_PARTS = 32, 1 << 15, 64
 
 
 def round_to(x: _Array, dtype: np.dtype[Any]) -> _Array:
-    """Return an array in a dtype, silently: it may be beyond its range."""
+    """Return an array in a dtype, rounded once, silently: it may be beyond its range."""
     if x.dtype is dtype:
         return x
     with np.errstate(all="ignore"):
+        if x.itemsize == 8 and dtype.kind == "V":
+            # ml_dtypes rounds float64 to float32 on the way to bfloat16. What lies between two
+            # numbers of float32 becomes the one whose last bit is 1, which is no tie of bfloat16.
+            narrow = x.astype(np.float32)
+            bits = narrow.view(np.uint32)
+            bits -= abs(narrow) > abs(x)
+            bits |= narrow != x
+            x = narrow
         return x.astype(dtype, copy=False)
 
 

@@ -657,6 +657,7 @@ class ChannelSums {
   }
 
   RELU_XP_ALWAYS_INLINE void add(const WordOf<F>* x, std::size_t n) {
+    if (sums_.size == 1) return add_to_one(x, n);
     if (n <= count_to_end()) return add_in_order(x, n);  // a loop whose length may be a constant
     for (std::size_t i = 0; i < n;) {
       const std::size_t count = smaller(n - i, count_to_end());
@@ -668,6 +669,20 @@ class ChannelSums {
  private:
   // Elements of the channel that follow one another in lanes.
   std::size_t count_to_end() const { return smaller(sums_.run - at_, sums_.lanes - lane_); }
+
+  // Each addition waits for the one before: the sum stays in a register meanwhile.
+  RELU_XP_ALWAYS_INLINE void add_to_one(const WordOf<F>* x, std::size_t n) {
+    using Wide = typename F::Wide;
+    double total = *sums_.data;
+    if constexpr (is_16_bit<F>) {
+      Wide wide[kLanes<F>];
+      widen(x, wide, n, F());
+      for (std::size_t i = 0; i < n; ++i) total += wide[i];
+    } else {
+      for (std::size_t i = 0; i < n; ++i) total += bit_cast<Wide>(x[i]);
+    }
+    *sums_.data = total;
+  }
 
   RELU_XP_ALWAYS_INLINE void add_in_order(const WordOf<F>* x, std::size_t n) {
     using Wide = typename F::Wide;

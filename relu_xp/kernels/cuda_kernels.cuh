@@ -359,12 +359,11 @@ class Bytes {
 // the arrays and index `first` of the mask, `store` computes its results and writes them. `kVector`
 // elements make an access of 16 bytes.
 
-// The input of a forward pass: x, or x + bias.
-
 // How a vectorized pass finds the biases of its neighbours: they are neighbours too, and aligned as
 // the elements are; there are two at most; or there may be any number of them.
 enum Spread { kRow, kRuns, kAny };
 
+// The input of a forward pass: here x, below x + bias.
 template <class T>
 struct Plain {
   const T* x;
@@ -378,7 +377,7 @@ struct Plain {
   };
 };
 
-// The channel of element k of the mask's order is k / inner % channels.
+// Element k, in the mask's order, belongs to channel k / inner % channels.
 template <class T, Spread spread>
 struct Biased {
   const T* bias;

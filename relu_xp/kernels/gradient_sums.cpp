@@ -105,7 +105,7 @@ void WeightGrad::run(void* context, std::size_t begin, std::size_t end) {
     const std::ptrdiff_t rows = self.rows_of(part);
     self.write_terms(part * self.step_ * self.row_size_, rows * self.row_size_, terms.get());
     const std::ptrdiff_t count = self.reduce(rows, terms.get());
-    std::memcpy(self.partial_sums + part * self.part_sums_, terms.get(),
+    std::memcpy(self.partial_sums_ + part * self.part_sums_, terms.get(),
                 static_cast<std::size_t>(count) * sizeof(double));
   }
 }
@@ -114,7 +114,7 @@ bool WeightGrad::add_parts(double* total) const {
   if (no_memory_) return false;
   for (std::ptrdiff_t part = 0; part < units(); ++part) {
     const std::ptrdiff_t count = rows_summed_ ? row_sums_ : rows_of(part) * row_sums_;
-    add(total, partial_sums + part * part_sums_, count);
+    add(total, partial_sums_ + part * part_sums_, count);
     if (!rows_summed_) total += count;
   }
   return true;
@@ -142,7 +142,7 @@ std::ptrdiff_t clamp(std::ptrdiff_t value, std::ptrdiff_t low, std::ptrdiff_t hi
 
 }  // namespace
 
-void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last) {
+void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, Channels order) {
   std::ptrdiff_t outer = 1;
   inner_ = 1;
   channels_ = shape[axis];
@@ -161,19 +161,24 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool c
   parts_ = divide_up(lines, part_lines_);
 
   // What does not
-  channels_last_ = channels_last;
-  part_sums_ = channels_last ? rows_ * channels_ * lanes_ : channels_;
-  const std::ptrdiff_t wanted = divide_up(channels_, divide_up(kMinUnits, parts_));
-  segment_channels_ = std::max(wanted, divide_up(kSegmentSize, inner_));
-  segment_channels_ = clamp(std::min(segment_channels_, kSegmentLanes / lanes_), 1, channels_);
-  if (channels_last) segment_channels_ = channels_;
-  segments_ = divide_up(channels_, segment_channels_);
+  order_ = order;
+  if (order == kFirst) {
+    segment_size_ = divide_up(channels_ * parts_, kMaxParts);
+    segments_ = divide_up(channels_ * parts_, segment_size_);
+    return;
+  }
+  const std::ptrdiff_t all = order == kLast ? rows_ * lanes_ : channels_;
+  const std::ptrdiff_t wanted = divide_up(all, divide_up(kMinUnits, parts_));
+  segment_size_ = std::max(wanted, divide_up(kSegmentSize, order == kLast ? channels_ : inner_));
+  if (order == kInOrder) segment_size_ = std::min(segment_size_, kSegmentLanes / lanes_);
+  segment_size_ = clamp(segment_size_, 1, all);
+  segments_ = divide_up(all, segment_size_);
 }
 
-// Adds elements from `first` on, which is so many behind where a segment of a line begins, to the
-// sums of their channels; computes them, if both passes are one.
+// Adds elements from `first` on to the sums of their channels, of which so many others precede them
+// in the line; computes them, if both passes are one.
 void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums,
-                            std::ptrdiff_t start) const {
+                            std::ptrdiff_t before) const {
   const Operand& dx = job_.operands[0];
   alignas(64) char buffer[kBufferBytes];
   const bool one_pass = job_.count == 2;
@@ -182,7 +187,7 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
     Block block{};
     block.first = static_cast<std::size_t>(first + done);
     block.count = static_cast<std::size_t>(std::min(step, count - done));
-    sums.start = static_cast<std::size_t>(start + done);
+    sums.start = static_cast<std::size_t>(before + done);
     block.sums = &sums;
     if (one_pass) {
       const Operand& dy = job_.operands[1];
@@ -198,30 +203,60 @@ void BiasGrad::add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sum
   }
 }
 
+// The lanes of a line, in all its rows, are `all`; `lane` is the first one of the segment.
+void BiasGrad::run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const {
+  const std::ptrdiff_t all = rows_ * lanes_, lane = segment * segment_size_;
+  const std::ptrdiff_t count = std::min(segment_size_, all - lane);
+  Sums sums;
+  sums.data = partial_sums_ + (part * all + lane) * channels_;
+  sums.lanes = sums.run = sums.size = static_cast<std::size_t>(count * channels_);
+  std::fill_n(sums.data, sums.size, 0.0);
+  const std::ptrdiff_t end = std::min((part + 1) * part_lines_ * line_size_, size_);
+  for (std::ptrdiff_t line = part * part_lines_ * line_size_; line < end; line += line_size_) {
+    const std::ptrdiff_t length = std::min(line_size_, end - line) / channels_;
+    for (std::ptrdiff_t k = lane; k < length; k += all) {
+      add_elements(line + k * channels_, std::min(count, length - k) * channels_, sums);
+    }
+  }
+}
+
+void BiasGrad::run_first(std::ptrdiff_t segment, double* lanes) const {
+  const std::ptrdiff_t size = size_ / channels_, step = part_lines_ * rows_ * inner_;
+  Sums sums;
+  sums.data = lanes;
+  sums.lanes = sums.size = static_cast<std::size_t>(rows_ * lanes_);
+  sums.run = static_cast<std::size_t>(rows_ * inner_);
+  const std::ptrdiff_t end = std::min((segment + 1) * segment_size_, channels_ * parts_);
+  for (std::ptrdiff_t pair = segment * segment_size_; pair < end; ++pair) {
+    const std::ptrdiff_t channel = pair / parts_, part = pair % parts_;
+    std::fill_n(lanes, sums.size, 0.0);
+    add_elements(channel * size + part * step, std::min(step, size - part * step), sums);
+    fold(lanes, rows_, lanes_);
+    fold(lanes, lanes_, 1);
+    partial_sums_[part * channels_ + channel] = lanes[0];
+  }
+}
+
 void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const {
-  const std::ptrdiff_t first = segment * segment_channels_;
-  const std::ptrdiff_t count = std::min(segment_channels_, channels_ - first);
-  double* to = partial_sums + part * part_sums_ + first;
-  if (channels_last_) lanes = to;
+  const std::ptrdiff_t first = segment * segment_size_;
+  const std::ptrdiff_t count = std::min(segment_size_, channels_ - first);
   Sums sums;
   sums.data = lanes;
   sums.size = static_cast<std::size_t>(rows_ * count * lanes_);
   sums.lanes = static_cast<std::size_t>(lanes_);
   sums.run = static_cast<std::size_t>(inner_);
-  if (channels_last_ || lanes_ == inner_) {  // the same order, in longer loops
-    sums.lanes = sums.size;
-    sums.run = lanes_ == inner_ ? sums.size : static_cast<std::size_t>(inner_ * channels_);
-  }
+  if (lanes_ == inner_) sums.lanes = sums.run = sums.size;  // the same order, in longer loops
   std::fill_n(lanes, sums.size, 0.0);
   const std::ptrdiff_t begin = part * part_lines_ * line_size_;
   const std::ptrdiff_t end = std::min(begin + part_lines_ * line_size_, size_);
-  if (segments_ == 1 && (job_.count == 2 || rows_ > 1)) {
-    add_elements(begin, end - begin, sums, 0);
+  const bool one_pass = job_.count == 2;
+  if (segments_ == 1 && (one_pass || rows_ > 1)) {
+    add_elements(begin, end - begin, sums);
   } else {
     const std::ptrdiff_t length = count * inner_;
     // A lane gets all that a channel has in a line before what it has in the next one.
     const std::ptrdiff_t tile = lanes_ == inner_ ? kTile : inner_;
-    const std::ptrdiff_t step = job_.count == 2 ? length : tile;
+    const std::ptrdiff_t step = one_pass ? length : tile;
     for (std::ptrdiff_t at = 0; at < length; at += step) {
       for (std::ptrdiff_t line = begin; line < end; line += line_size_) {
         add_elements(line + first * inner_ + at, std::min(step, length - at), sums, at);
@@ -229,10 +264,7 @@ void BiasGrad::run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lan
     }
   }
   fold(lanes, rows_, count * lanes_);
-  if (channels_last_) {
-    fold(lanes, lanes_, channels_);
-    return;
-  }
+  double* to = partial_sums_ + part * channels_ + first;
   for (std::ptrdiff_t i = 0; i < count; ++i) {
     fold(lanes + i * lanes_, lanes_, 1);
     to[i] = lanes[i * lanes_];
@@ -244,13 +276,26 @@ void BiasGrad::run(void* context, std::size_t begin, std::size_t end) {
   alignas(64) double lanes[kSegmentLanes];
   for (auto unit = static_cast<std::ptrdiff_t>(begin); unit < static_cast<std::ptrdiff_t>(end);
        ++unit) {
-    self.run_unit(unit / self.segments_, unit % self.segments_, lanes);
+    const std::ptrdiff_t part = unit / self.segments_, segment = unit % self.segments_;
+    if (self.order_ == kLast) {
+      self.run_last(part, segment);
+    } else if (self.order_ == kFirst) {
+      self.run_first(unit, lanes);
+    } else {
+      self.run_unit(part, segment, lanes);
+    }
   }
 }
 
 bool BiasGrad::add_parts(double* total) const {
+  const std::ptrdiff_t size = num_partial_sums() / parts_;
   for (std::ptrdiff_t part = 0; part < parts_; ++part) {
-    add(total, partial_sums + part * part_sums_, channels_);
+    double* sums = partial_sums_ + part * size;
+    if (order_ == kLast) {
+      fold(sums, rows_, lanes_ * channels_);
+      fold(sums, lanes_, channels_);
+    }
+    add(total, sums, channels_);
   }
   return true;
 }

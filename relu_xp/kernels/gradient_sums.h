@@ -23,13 +23,13 @@ class WeightGrad {
   void set_shape(const std::ptrdiff_t* sum_shape);
   std::ptrdiff_t units() const { return (rows_ + step_ - 1) / step_; }
   std::ptrdiff_t num_partial_sums() const { return units() * part_sums_; }
+  void set_partial_sums(double* sums) { partial_sums_ = sums; }
+  double* partial_sums() const { return partial_sums_; }
 
   // Sums some of the parts of the context, a WeightGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
   // Adds the sums of all parts to `total`; returns false if a part had no memory.
   bool add_parts(double* total) const;
-
-  double* partial_sums = nullptr;  // of all parts
 
  private:
   void write_terms(std::ptrdiff_t first, std::ptrdiff_t count, double* terms) const;
@@ -38,46 +38,59 @@ class WeightGrad {
 
   Job job_{};
   Kernel dy_to_double_, x_to_double_;
-  bool summed_[kMaxDims] = {};    // axes
-  bool rows_summed_ = false;      // the first axis
-  std::ptrdiff_t rows_ = 0;       // of the first axis
-  std::ptrdiff_t row_size_ = 0;   // elements of one
-  std::ptrdiff_t row_sums_ = 0;   // sums of one
-  std::ptrdiff_t step_ = 0;       // rows of a part
-  std::ptrdiff_t part_sums_ = 0;  // sums of a whole part
+  bool summed_[kMaxDims] = {};      // axes
+  bool rows_summed_ = false;        // the first axis
+  std::ptrdiff_t rows_ = 0;         // of the first axis
+  std::ptrdiff_t row_size_ = 0;     // elements of one
+  std::ptrdiff_t row_sums_ = 0;     // sums of one
+  std::ptrdiff_t step_ = 0;         // rows of a part
+  std::ptrdiff_t part_sums_ = 0;    // sums of a whole part
+  double* partial_sums_ = nullptr;  // of all parts
   std::atomic<bool> no_memory_{false};
 };
+
+// Where in memory the axis of the channels is, the other axes being in C order: it is in C order
+// too, or the last one, or the first one.
+enum Channels { kInOrder, kLast, kFirst };
 
 // The backward pass of a bias and ReLU: dx, and its sum over all axes but one.
 //
 // An array is outer x channels x inner elements. A line of it is one of the outer rows, or several
 // of them if they are short; some lines in turn are a part. The elements of a channel are added to
 // several lanes, in turn, in all lines of a part. Then the lanes of a channel are added to one sum,
-// and the sums of all parts in turn. Threads share the parts, and segments of the channels. In
-// memory the channels may come last: the lanes too are in that order then.
+// and the sums of all parts in turn. Threads share the parts, and segments of the channels.
+//
+// Where the channels are last in memory, elements that follow one another belong to different
+// channels. Then all lanes of a part are kept until the end, and threads share segments of them.
+// Where they are first, threads share segments of all pairs of a channel and a part, which follow
+// one another.
 class BiasGrad {
  public:
   // `kernel` computes dx and adds it to sums, if both passes are one, or else adds it alone.
   BiasGrad(const Params* params, Kernel kernel) : params_(params), kernel_(kernel) {}
 
-  // Operand dx, and dy if both passes are one: both contiguous then, in the order of the mask.
+  // Operand dx, and dy if both passes are one: both contiguous then, in one order of axes.
   Job& job() { return job_; }
   void set_mask(unsigned char* mask) { mask_ = mask; }
-  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, bool channels_last);
-  std::ptrdiff_t units() const { return parts_ * segments_; }
-  std::ptrdiff_t num_partial_sums() const { return parts_ * part_sums_; }
+  void set_shape(const std::ptrdiff_t* shape, int ndim, int axis, Channels order);
+  std::ptrdiff_t units() const { return order_ == kFirst ? segments_ : parts_ * segments_; }
+  std::ptrdiff_t num_partial_sums() const {
+    return parts_ * channels_ * (order_ == kLast ? rows_ * lanes_ : 1);
+  }
+  void set_partial_sums(double* sums) { partial_sums_ = sums; }
+  double* partial_sums() const { return partial_sums_; }
 
   // Computes some of the units of the context, a BiasGrad: in any order, from any thread.
   static void run(void* context, std::size_t begin, std::size_t end);
   // Adds the sums of all parts to `total`; returns true, since no part needs memory.
   bool add_parts(double* total) const;
 
-  double* partial_sums = nullptr;  // of all parts
-
  private:
+  void run_last(std::ptrdiff_t part, std::ptrdiff_t segment) const;
+  void run_first(std::ptrdiff_t segment, double* lanes) const;
   void run_unit(std::ptrdiff_t part, std::ptrdiff_t segment, double* lanes) const;
   void add_elements(std::ptrdiff_t first, std::ptrdiff_t count, Sums sums,
-                    std::ptrdiff_t start) const;
+                    std::ptrdiff_t before = 0) const;
 
   const Params* params_;
   Kernel kernel_;
@@ -87,9 +100,9 @@ class BiasGrad {
   std::ptrdiff_t rows_ = 0, line_size_ = 0;  // of a line
   std::ptrdiff_t lanes_ = 0;                 // of a channel
   std::ptrdiff_t part_lines_ = 0, parts_ = 0;
-  bool channels_last_ = false;
-  std::ptrdiff_t part_sums_ = 0;  // of a part; with the channels last, all its lanes
-  std::ptrdiff_t segment_channels_ = 0, segments_ = 0;
+  std::ptrdiff_t segment_size_ = 0, segments_ = 0;  // in channels, lanes or pairs
+  Channels order_ = kInOrder;
+  double* partial_sums_ = nullptr;  // of all parts
 };
 
 }  // namespace relu_xp

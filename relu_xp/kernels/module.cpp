@@ -446,11 +446,11 @@ PyObject* bias_relu_with_mask(Arguments args) {
 }
 
 // Lays out the job of backward(params, dy, mask, axes, out), and returns its output.
-// `permutation` gets the axes, if they are not None.
-PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job, int* permutation) {
+PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job) {
   const Params* params = parse_params(args[0]);
   PyArrayObject* dy = params == nullptr ? nullptr : parse_array(args[1], "dy", params->dtype);
   PyArrayObject* mask = dy == nullptr ? nullptr : parse_mask(args[2], *params, PyArray_SIZE(dy));
+  int permutation[NPY_MAXDIMS];
   const int* axes = args[3] == Py_None ? nullptr : permutation;
   if (mask == nullptr || (axes != nullptr && !parse_axes(args[3], dy, permutation))) return nullptr;
   PyArrayObject* out = parse_out(out_object, dy, PyArray_DESCR(dy), axes);
@@ -467,8 +467,7 @@ PyArrayObject* prepare_backward(Arguments args, PyObject* out_object, Job& job, 
 // backward(params, dy, mask, axes, out)
 PyObject* backward(Arguments args) {
   Job job;
-  int permutation[NPY_MAXDIMS];
-  PyArrayObject* out = prepare_backward(args, args[4], job, permutation);
+  PyArrayObject* out = prepare_backward(args, args[4], job);
   return out == nullptr ? nullptr : execute(job, out);
 }
 
@@ -477,8 +476,8 @@ PyObject* backward(Arguments args) {
 template <class Grad>
 bool allocate_sums(Grad& grad) {
   const auto count = static_cast<std::size_t>(grad.num_partial_sums());
-  grad.partial_sums = static_cast<double*>(PyMem_RawMalloc(count * sizeof(double)));
-  return grad.partial_sums != nullptr;
+  grad.set_partial_sums(static_cast<double*>(PyMem_RawMalloc(count * sizeof(double))));
+  return grad.partial_sums() != nullptr;
 }
 
 // Runs all parts and adds their sums to `total`; returns false if a part had no memory.
@@ -487,7 +486,7 @@ bool add_gradient(Grad& grad, PyObject* total, Py_ssize_t nbytes) {
   run_task(Grad::run, &grad, static_cast<std::size_t>(grad.units()), 1, 1, nbytes);
   void* sums = PyArray_DATA(reinterpret_cast<PyArrayObject*>(total));
   const bool done = grad.add_parts(static_cast<double*>(sums));
-  PyMem_RawFree(grad.partial_sums);
+  PyMem_RawFree(grad.partial_sums());
   return done;
 }
 
@@ -510,18 +509,29 @@ PyObject* finish_sums(PyObject* sums, bool narrow) {
   return result;
 }
 
-// Whether an axis comes last in a permutation of the array's axes, and the others in order; those
-// of length 1 may be anywhere.
-bool is_last(int axis, const int* axes, PyArrayObject* array) {
-  int before = -1;
-  bool found = false;
+// Writes where the axis of the channels is in a permutation of an array's axes, or None; returns
+// false if the other axes are not in C order, or it is elsewhere. Those of length 1 do not count.
+bool find_channels(PyObject* axes, PyArrayObject* array, int axis, Channels* order) {
+  *order = kInOrder;
+  if (axes == Py_None) return true;
+  int before = -1, count = 0, at = -1;
   for (int i = 0; i < PyArray_NDIM(array); ++i) {
-    if (PyArray_DIM(array, axes[i]) == 1) continue;
-    if (found || (axes[i] != axis && axes[i] < before)) return false;
-    found = axes[i] == axis;
-    before = axes[i];
+    const int next = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(axes, i)));
+    if (PyArray_DIM(array, next) == 1) continue;
+    if (next == axis) {
+      at = count;
+    } else if (next < before) {
+      return false;
+    } else {
+      before = next;
+    }
+    ++count;
   }
-  return true;
+  *order = at == 0 ? kFirst : kLast;
+  // Of fewer terms for each channel the lanes, of which there may be 128, would take more memory
+  // than dx.
+  const bool few = PyArray_SIZE(array) < 256 * PyArray_DIM(array, axis);
+  return at == 0 || (at > 0 && at == count - 1 && !few);
 }
 
 // bias_relu_backward(params, dy, mask, axes, axis, dtype, out): (dx, its sum along all other axes).
@@ -532,8 +542,7 @@ PyObject* bias_relu_backward(Arguments args) {
     return nullptr;
   }
   Job job;
-  int axes[NPY_MAXDIMS];
-  PyArrayObject* out = prepare_backward(args, args[6], job, axes);
+  PyArrayObject* out = prepare_backward(args, args[6], job);
   if (out == nullptr) return nullptr;
   const int axis = parse_axis(args[4], out);
   npy_intp channels = axis < 0 ? 0 : PyArray_DIM(out, axis);
@@ -542,23 +551,21 @@ PyObject* bias_relu_backward(Arguments args) {
     Py_DECREF(out);
     return nullptr;
   }
-  const bool channels_last = args[3] != Py_None && is_last(axis, axes, out);
+  const Operand *dx = job.operands, *dy = dx + 1;
+  Channels order;
   // Otherwise dx is read again, in the order of C.
-  const bool one_pass = job.operands[0].contiguous && job.operands[1].contiguous &&
-                        (args[3] == Py_None || channels_last);
+  const bool one_pass =
+      dx->contiguous && dy->contiguous && find_channels(args[3], out, axis, &order);
   const Operation summed = job.params->three_branches != 0 ? kBackwardBytesSum : kBackwardBitsSum;
   BiasGrad grad(job.params, one_pass ? kernel_of(*job.params, summed)
                                      : kernel_of(kRelu[job.params->dtype], kSumChannels));
-  if (one_pass) {
-    grad.job() = job;
-  } else {
-    add_operand(grad.job(), out);
-    lay_out(grad.job(), nullptr);
-  }
+  add_operand(grad.job(), out);
+  if (one_pass) grad.job().operands[grad.job().count++] = *dy;
+  lay_out(grad.job(), nullptr);
   const auto nbytes = set_access(grad.job());
   grad.set_mask(job.mask);
   if (PyArray_SIZE(out) > 0) {
-    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass && channels_last);
+    grad.set_shape(PyArray_DIMS(out), PyArray_NDIM(out), axis, one_pass ? order : kInOrder);
     if (!allocate_sums(grad)) {  // before dy may be overwritten
       Py_DECREF(out);
       Py_DECREF(sums);

@@ -140,6 +140,27 @@ def test_a_bias_of_every_dtype(xp, dtype):
             np.testing.assert_array_equal(xp.numpy(dbias), expected.sum(0))
 
 
+@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy"])
+def test_a_bias_and_its_gradient_are_rounded_once(xp, dtype):
+    """From float64 to 16 bits, not to float32 between, which would be a tie."""
+    form = reference.Format(dtype)
+    if form.width > 16:
+        return
+    half = 2.0 ** -(form.fraction + 1)
+    above = float(np.array(1 + 2 * half, form.dtype))
+    for far in (2.0**-40, -(2.0**-40)):
+        right = above if far > 0 else 1.0
+        bias = np.array([1 + half + far, -1 - half - far, 1.0])
+        x = xp.array(np.zeros((1, 3), form.dtype))
+        y = relu_xp.bias_relu(x, xp.array(bias), negative_slope=0.5)
+        assert xp.numpy(y).astype(float).tolist() == [[right, -right / 2, 1]]
+        dy = xp.array(np.array([[1 + half, -1 - half, 1e300], [far, -far, 1e-300]]))
+        pullback = relu_xp.bias_relu_vjp(dy, xp.array(np.zeros(3, form.dtype)), threshold=-9.0)[1]
+        total = xp.numpy(pullback(dy)[1])
+        assert total.dtype == form.dtype
+        assert total.astype(float).tolist() == [right, -right, math.inf]
+
+
 def test_a_bias_beyond_the_dtype_of_x_is_infinite_silently(xp):
     bias = xp.array(np.array([1e300, -1e300, 0.5], DTYPES[xp.dtypes[-1]]))
     with np.errstate(all="raise") if xp.ndarray else contextlib.nullcontext():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from table import DTYPES
 
 import relu_xp
@@ -29,6 +30,23 @@ def test_the_gradient_is_multiplied_in_the_wider_dtype():
         _, pullback = relu_xp.squared_relu_vjp(x)
         np.testing.assert_allclose(pullback(dy), [expected], rtol=1e-6)
         assert pullback(dy).dtype == dy.dtype
+
+
+@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy"])
+def test_float64_is_rounded_once_to_16_bits(xp, dtype):
+    """The gradient, and PReLU's weight: not to float32 between, which would be a tie."""
+    half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype)
+    if half is None:
+        return
+    wide = xp.array(np.array([1 + half + 2.0**-40]))
+    one = np.ones(1, DTYPES[dtype])
+    for result in (
+        relu_xp.squared_relu_vjp(wide)[1](xp.array(one / 2)),
+        relu_xp.prelu_vjp(xp.array(-one), wide)[1](xp.array(one))[0],
+    ):
+        got = xp.numpy(result)
+        assert got.dtype == one.dtype
+        assert got.tolist() == [1 + 2 * half]
 
 
 def test_of_two_nan_the_product_takes_the_first():

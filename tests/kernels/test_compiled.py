@@ -329,6 +329,11 @@ BIAS_SHAPES += [(2, 3, 70, 70), (33, 7, 600), (1, 1), (4096, 64), (65, 2, 20, 25
 BIAS_SHAPES += [(3, 300, 200), (1, 5, 60_000)]
 
 
+def with_axis(place, axis, array):
+    """Return a copy with an axis in another place in memory, the others in C order."""
+    return np.moveaxis(np.moveaxis(array, axis, place).copy(), place, axis)
+
+
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("shape", BIAS_SHAPES, ids=str)
 def test_shape_and_axis_alone_decide_the_order_of_additions(shape, dtype):
@@ -343,21 +348,20 @@ def test_shape_and_axis_alone_decide_the_order_of_additions(shape, dtype):
         others = tuple(other for other in range(x.ndim) if other != axis)
         exact = dx.astype(np.float64).sum(others)
         np.testing.assert_allclose(wanted, exact, rtol=1e-9, atol=1e-9)
-
-        def last(a, axis=axis):  # in memory
-            return np.moveaxis(np.ascontiguousarray(np.moveaxis(a, axis, -1)), -1, axis)
-
-        for layout, dy_layout, threads in (
+        last, first = (functools.partial(with_axis, place, axis) for place in (-1, 0))
+        for layout, layout_of_dy, threads in (
             (np.copy, np.copy, 1),
             (np.copy, np.copy, 2),
-            (last, last, 1),
-            (last, last, 4),
-            (last, np.copy, 2),
             (np.asfortranarray, np.asfortranarray, 3),
             (np.copy, np.asfortranarray, 7),
+            (last, last, 1),
+            (last, last, 5),
+            (last, np.copy, 2),
+            (first, first, 1),
+            (first, first, 3),
         ):
             with mode("threads", threads):
-                a, b = layout(x), dy_layout(dy)
+                a, b = layout(x), layout_of_dy(dy)
                 _, mask = compiled_backend.bias_relu_with_mask(params, a, bias, axis, None, None)
                 _, got = compiled_backend.bias_relu_backward(params, b, mask, *arguments)
             np.testing.assert_array_equal(bits(got), bits(wanted))
