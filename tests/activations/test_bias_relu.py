@@ -421,6 +421,10 @@ def test_an_out_or_a_mask_over_an_input_is_refused(xp):
     np.testing.assert_array_equal(
         xp.numpy(pullback(out)[0]), np.maximum(before[:12].reshape(3, 4) + before[14:18], 0)
     )
+    dy = xp.array(np.ones((3, 4), np.float32))
+    wanted = xp.numpy(pullback(dy)[0]).copy()
+    dx, _ = pullback(dy, out=memory[19:31].reshape(3, 4))  # over what is not used of the mask
+    np.testing.assert_array_equal(xp.numpy(dx), wanted)
 
 
 def test_a_mask_where_there_is_none(require):
