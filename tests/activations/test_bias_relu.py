@@ -279,6 +279,8 @@ def test_layouts_of_x_the_bias_and_dy(xp):
                 for found, right in [(y, wanted), *pairs]:
                     np.testing.assert_array_equal(xp.numpy(found), xp.numpy(right))
                 if xp.ndarray:
+                    for result in (y, relu_xp.bias_relu(host, bias, axis=axis)):
+                        assert result.strides == relu_xp.relu(host).strides
                     plain = np.moveaxis(np.moveaxis(host, axis, -1) + bias, -1, axis)
                     np.testing.assert_array_equal(y, np.maximum(plain, 0))
 
@@ -543,6 +545,18 @@ def test_a_refused_gradient_leaves_the_buffer():
     assert layer.grads[0].tolist() == [0, 0, 0]
     layer.backward(np.ones_like(X))
     assert layer.grads[0].tolist() == [1, 1, 1]
+
+
+def test_a_list_of_gradients_may_be_a_callers_and_have_more_arrays():
+    layer = BiasReLU(3)
+    grads, other = [*layer.grads], np.ones(1)
+    grads.append(other)
+    layer.grads = grads
+    layer.forward(X)
+    layer.backward(np.ones_like(X))
+    assert layer.grads is grads
+    assert grads[0].tolist() == [1, 1, 1]
+    assert grads[1] is other
 
 
 def test_a_layer_without_its_bias_is_refused():
