@@ -85,7 +85,7 @@ def sum_channels(dx: _Array, axis: int) -> _Array:
     rows = max(1, min(_SHORT_LINE // (channels * inner), outer))  # of a line
     lines = -(-outer // rows)
     lanes = inner if rows > 1 else min(inner, _LANES)
-    most = min(lines, lines * inner // (_ELEMENTS_PER_LANE * lanes))
+    most = lines * inner // (_ELEMENTS_PER_LANE * lanes)
     parts = max(1, min(dx.size // _PART_SIZE, most, _MAX_PARTS))
     step = rows * -(-lines // parts)
     for start in range(0, outer, step):

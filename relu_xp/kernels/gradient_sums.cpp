@@ -156,7 +156,7 @@ void BiasGrad::set_shape(const std::ptrdiff_t* shape, int ndim, int axis, Channe
   line_size_ = rows_ * row_size;
   const std::ptrdiff_t lines = divide_up(outer, rows_);
   lanes_ = rows_ > 1 ? inner_ : std::min(inner_, kLanes);
-  const std::ptrdiff_t most = std::min(lines, lines * inner_ / (kElementsPerLane * lanes_));
+  const std::ptrdiff_t most = lines * inner_ / (kElementsPerLane * lanes_);
   part_lines_ = divide_up(lines, clamp(std::min(size_ / kPartSize, most), 1, kMaxParts));
   parts_ = divide_up(lines, part_lines_);
 

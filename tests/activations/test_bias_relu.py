@@ -300,6 +300,8 @@ def test_layouts_of_x_the_bias_and_dy(xp):
                 for found, right in [(y, wanted), *pairs]:
                     np.testing.assert_array_equal(xp.numpy(found), xp.numpy(right))
                 if xp.ndarray:
+                    for result in (y, relu_xp.bias_relu(host, bias, axis=axis)):
+                        assert result.strides == relu_xp.relu(host).strides
                     plain = np.moveaxis(np.moveaxis(host, axis, -1) + bias, -1, axis)
                     np.testing.assert_array_equal(y, np.maximum(plain, 0))
 
@@ -442,6 +444,10 @@ def test_an_out_or_a_mask_over_an_input_is_refused(xp):
     np.testing.assert_array_equal(
         xp.numpy(pullback(out)[0]), np.maximum(before[:12].reshape(3, 4) + before[14:18], 0)
     )
+    dy = xp.array(np.ones((3, 4), np.float32))
+    wanted = xp.numpy(pullback(dy)[0]).copy()
+    dx, _ = pullback(dy, out=memory[19:31].reshape(3, 4))  # over what is not used of the mask
+    np.testing.assert_array_equal(xp.numpy(dx), wanted)
 
 
 @pytest.mark.libraries("strided")
@@ -600,6 +606,18 @@ def test_a_gradient_is_not_stored_within_dy_or_dx(xp):
             assert xp.numpy(layer.grads[0]).tolist() == [6] * 4
             assert (xp.numpy(dx) == 2).all()
             assert (xp.numpy(dy) == 2).all()
+
+
+def test_a_list_of_gradients_may_be_a_callers_and_have_more_arrays():
+    layer = BiasReLU(3)
+    grads, other = [*layer.grads], np.ones(1)
+    grads.append(other)
+    layer.grads = grads
+    layer.forward(X)
+    layer.backward(np.ones_like(X))
+    assert layer.grads is grads
+    assert grads[0].tolist() == [1, 1, 1]
+    assert grads[1] is other
 
 
 def test_a_layer_without_its_bias_is_refused():

@@ -188,7 +188,7 @@ def biased(name, axis):
 
         params, grad_params = (cast(a.dtype, **PRESETS[name]) for a in (x, dy))
         with np.errstate(over="ignore"):
-            bias = np.resize(WEIGHTS, 2 * x.shape[axis])[::2].astype(dy.dtype)
+            bias = np.resize(WEIGHTS, 3 * x.shape[axis])[::3].astype(dy.dtype)
         yield "bias", backend.bias_relu(params, x, bias, axis, new(x))
         y, mask = backend.bias_relu_with_mask(params, x, bias, axis, new(x), None)
         yield "bias, with mask", y
@@ -250,6 +250,8 @@ def test_two_dtypes_at_once(dtypes):
                 compare(preset(name), x, dy)
                 compare(preset(name), x[::2], dy[::-2])
             compare(other_activations, x.reshape(9, 100, 10), dy.reshape(9, 100, 10))
+    x, dy = pair(dtypes[0], 70_000, dtypes[1])  # beyond all buffers of a thread
+    compare(preset("relu"), x, dy)
 
 
 @pytest.mark.parametrize("dtype", reference.DTYPES)
@@ -327,6 +329,9 @@ def test_the_shape_alone_decides_the_order_of_additions(shape, dtypes):
 BIAS_SHAPES = [(3,), (700, 3), (100_003, 2), (513, 130), (300, 5000), (5, 3, 113, 59), (40, 9000)]
 BIAS_SHAPES += [(2, 3, 70, 70), (33, 7, 600), (1, 1), (4096, 64), (65, 2, 20, 25), (9, 17_000)]
 BIAS_SHAPES += [(3, 300, 200), (1, 5, 60_000)]
+# Fewer rows than a line has at most; two rows of one long channel; one element more than lanes;
+# one part, almost two; as many parts as there may be.
+BIAS_SHAPES += [(7, 42), (7, 1, 250), (3, 5, 129), (63, 9000), (2080, 1024)]
 
 
 def with_axis(place, axis, array):
@@ -574,12 +579,17 @@ def test_the_rest_of_a_mask_is_not_written(backend, name):
         x = values("float32")[:size]
         params = cast(x.dtype, **PRESETS[name])
         needed = mask_nbytes(params, x)
-        mask = np.full(needed + spare, GUARD, np.uint8)
-        _, saved = backend.forward_with_mask(params, x, None, mask)
-        assert (mask[needed:] == GUARD).all()
-        assert np.shares_memory(saved.data, mask) or not needed
         wanted = numpy_backend.forward_with_mask(params, x, None, None)[1].data
-        assert mask[:needed].tobytes() == wanted.tobytes()
+        bias = np.full(size, -0.0, x.dtype)  # which changes no number
+        for forward in (
+            functools.partial(backend.forward_with_mask, params, x, None),
+            functools.partial(backend.bias_relu_with_mask, params, x, bias, 0, None),
+        ):
+            mask = np.full(needed + spare, GUARD, np.uint8)
+            _, saved = forward(mask)
+            assert (mask[needed:] == GUARD).all()
+            assert np.shares_memory(saved.data, mask) or not needed
+            assert mask[:needed].tobytes() == wanted.tobytes() == saved.data.tobytes()
 
 
 def test_a_mask_is_a_tuple_like_any_other():
