@@ -33,7 +33,7 @@ BIAS = (
 )
 BIAS_CASES = {
     "forward with mask": (
-        "relu_xp.bias_relu_vjp(x, bias, axis=axis, out=y, mask=mask)",
+        "relu_xp.bias_relu_vjp(x, bias, axis=axis, out=y)",
         "torch.add(tx, tbias, out=ty).relu_()",
     ),
     "backward": (
@@ -83,9 +83,8 @@ def bias(seconds: float) -> Iterator[list[Row]]:
         x, dy = (normal(shape, numpy_dtype(dtype), seed) for seed in (0, 1))
         arrays = {"x": x, "dy": dy, "y": np.zeros_like(x), "dx": np.zeros_like(x)}
         names = names_of(arrays | {"bias": normal(shape[axis : axis + 1], x.dtype, 2)})
-        mask = np.zeros((x.size + 7) // 8, np.uint8)
-        _, pullback = relu_xp.bias_relu_vjp(x, names["bias"], axis=axis, out=names["y"], mask=mask)
-        names |= {"axis": axis, "mask": mask, "pullback": pullback}
+        _, pullback = relu_xp.bias_relu_vjp(x, names["bias"], axis=axis, out=names["y"])
+        names |= {"axis": axis, "pullback": pullback}
         if "torch" in names:
             names["tbias"] = names["tbias"].view(-1, *itertools.repeat(1, x.ndim - 1 - axis))
             names["others"] = [other for other in range(x.ndim) if other != axis]

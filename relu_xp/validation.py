@@ -256,7 +256,8 @@ def check_mask(
     if mask.size < nbytes:
         raise ValueError(f"{function}: mask has {mask.size} bytes, x needs {nbytes}")
     others = [array for array in arrays if array is not None]
-    _check_writable(function, "mask", mask, others, backend)
+    if not all(backend.is_valid_out(mask, mask, other) for other in others):
+        _check_writable(function, "mask", mask, others, backend)
 
 
 def as_integer(name: str, value: Any) -> int:
