@@ -177,7 +177,8 @@ def test_chunks_of_cupy(request):
         assert pullback.saved_nbytes == 2 * 4
         for residuals in chunks_of(pullback._residuals.blocks):
             assert type(residuals.data.data) is cupy.ndarray
-        bias = da.from_array(HOST[0], chunks=10).map_blocks(library.array, meta=library.array(HOST[0, :0]))
+        meta = library.array(HOST[0, :0])
+        bias = da.from_array(HOST[0], chunks=10).map_blocks(library.array, meta=meta)
         wanted, its_pullback = relu_xp.bias_relu_vjp(HOST, HOST[0])
         y, pullback = relu_xp.bias_relu_vjp(x, bias)
         dx, _ = pullback(x)  # of the bias's gradient CuPy adds the chunks: that needs a device
