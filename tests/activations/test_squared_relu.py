@@ -41,7 +41,7 @@ def test_float64_is_rounded_once_to_16_bits(xp, dtype):
     wide = xp.array(np.array([1 + half + 2.0**-40]))
     one = np.ones(1, DTYPES[dtype])
     for result in (
-        relu_xp.squared_relu_vjp(wide)[1](xp.array(one / 2)),
+        relu_xp.squared_relu_vjp(wide)[1](xp.array((one / 2).astype(one.dtype))),
         relu_xp.prelu_vjp(xp.array(-one), wide)[1](xp.array(one))[0],
     ):
         got = xp.numpy(result)
