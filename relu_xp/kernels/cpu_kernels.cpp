@@ -834,9 +834,13 @@ void forward_bits(const Params& params, const Block& block) {
   for_each_block<WordOf<F>>(
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
         Branches<F> branches;
-        inputs.next(start, n, [&](auto x) __attribute__((always_inline)) {
-          activation.forward(x, y, branches.words, n);
-        });
+        if constexpr (biased) {
+          inputs.next(start, n, [&](auto x) __attribute__((always_inline)) {
+            activation.forward(x, y, branches.words, n);
+          });
+        } else {  // the same, but 4 % faster beyond the caches
+          activation.forward(input<F>(block, 0, start), y, branches.words, n);
+        }
         pack<F>(branches, mask, start, n);
       });
 }
