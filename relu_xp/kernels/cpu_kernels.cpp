@@ -1085,8 +1085,9 @@ constexpr void fill_variant(Kernel (&table)[kOperations][kVariants]) {
   table[kBackwardBytes][variant] = backward<F, for_gradient, false, false>;
 }
 
-// With a bias a general variant serves all that are not plain: another kernel for each would take
-// half of a minute to compile. Bytes are of three branches.
+// With a bias a general variant serves all that are not plain: with a kernel for each the module is
+// a quarter larger (3.5 MB instead of 2.7), and takes as much longer to compile. Bytes are of three
+// branches.
 template <class F, Variant variant, Variant general, Variant for_gradient>
 constexpr void fill_bias_variant(Kernel (&table)[kOperations][kVariants]) {
   table[kBiasForward][variant] = forward<F, general, true>;

@@ -94,11 +94,11 @@ def test_rows_of_bias_relu_by_hand(library: Library, dtype: str) -> None:
         reference.DTYPES[dtype],
     )
     x, bias, dy = map(library.array, rows)
-    sloped: dict[str, Any] = {"negative_slope": 0.5, "max_value": 6.0}
+    clipped_leaky: dict[str, Any] = {"negative_slope": 0.5, "max_value": 6.0}
     for params, y_expected, dx_expected in (
         ({}, [0, 0, 0, 0.5, 7, nan, 0, nan, nan, 0], [0, 0, 0, -2, 3, 5, 0, 2, 4, 0]),
         (
-            sloped,
+            clipped_leaky,
             [-inf, -0.5, 0, 0.5, 6, nan, -inf, nan, nan, -0.0],
             [nan, inf, nan, -2, 0, 5, nan, 2, 4, -inf],
         ),
