@@ -66,7 +66,8 @@ def pytest_generate_tests(metafunc):
         pairs = [parameter(one, dtype) for one in chosen for dtype in one.dtypes]
         metafunc.parametrize(("xp", "dtype"), pairs, indirect=["xp"])
     else:
-        metafunc.parametrize("xp", [parameter(one) for one in chosen], indirect=True)
+        whole = [one for one in chosen if not one.only_dtypes]
+        metafunc.parametrize("xp", [parameter(one) for one in whole], indirect=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -3,18 +3,17 @@
 Three things that need no GPU, each with the exact source that CuPy generates:
 
 - `compile_for` and `disassemble`: PTX or machine code by NVRTC, with CuPy's own options;
-- `HostKernel`: the kernels built by g++ with cupy_host.h, called with ``cupy.ndarray``s over host
+- `HostKernel`: a kernel whose PTX is executed by ptx.py, called with ``cupy.ndarray``s over host
   memory;
 - `array` and `allocate`: such arrays, so that dispatch, strides and errors are those of a device.
 
-What this cannot show is speed, races and coalescing.
+What this cannot show is speed, and what the driver makes of PTX.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copyreg
-import ctypes
 import functools
 import hashlib
 import os
@@ -29,12 +28,15 @@ import cupy
 import numpy as np
 from cupy._core import _kernel, core
 from cupy.cuda import nvrtc
+from ptx import Program
 
 from relu_xp.backends.overlap import address_view
 
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's _ArgKind
 
+architecture = 90  # whose PTX is executed
 launches = []  # of each HostKernel: its name, and (ndim, c_contiguous) of the arrays
+last = []  # of the latest HostKernel: its name, its arguments, and what it did to memory
 
 
 def source(kernel, types, layouts, small=True):
@@ -141,7 +143,7 @@ def to_numpy(x):
 
 
 class HostKernel:
-    """An ElementwiseKernel's stand-in that runs the same source on the CPU.
+    """An ElementwiseKernel's stand-in that executes its PTX on the CPU.
 
     It takes what CuPy takes (arrays over host memory), and decides types and layouts as CuPy does.
     """
@@ -180,44 +182,38 @@ class HostKernel:
             for i in count
         ]
         values.append(np.array([np.prod(shape, dtype=int), *shape, *([0] * len(shape))], np.int64))
-        pointers = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
-        _compiled(code)(pointers)
+        inputs, outputs = [], []
+        for i, view in views.items():
+            if view.size:
+                memory = address_view(view.data.ptr, view.shape, view.strides, view.itemsize)
+                extent = np.lib.array_utils.byte_bounds(memory)
+                (inputs if i < kernel.nin else outputs).append(extent)
+        values = [value.tobytes() for value in values]
+        program = compiled(code, architecture)
+        accesses = program.run(values, int(np.prod(shape)), inputs, outputs)
+        last[:] = kernel.name, arguments, accesses
 
 
 @functools.cache
-def _compiled(code):
-    """Return generated source, built by g++, as a function of pointers to its arguments."""
-    signature = re.search(r'extern "C" __global__ void (\w+)\((.*?)\) \{', code, re.DOTALL)
-    name, parameters = signature.groups()
-    types = [p.rsplit(None, 1)[0] for p in re.split(r",\s*(?![^<]*>)", parameters)]
-    casts = ", ".join(f"*static_cast<{t}*>(arguments[{i}])" for i, t in enumerate(types))
-    casts = re.sub(r"static_cast<const ", "static_cast<", casts)
-    shim = Path(__file__).with_suffix(".h").read_text("utf-8")
-    text = (
-        f'{shim}{code}\nextern "C" void launch(void** arguments) '
-        f"{{ host::run([=] {{ {name}({casts}); }}); }}\n"
-    )
-    command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w"]
-    # A device stops at an access that is not aligned to its width; an x86 does not.
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += [o for o in core.assemble_cupy_compiler_options(()) if o.startswith("-I")]
-    # Kept for the other processes and for later runs: g++ takes 0.3 s a kernel.
-    folder = Path(tempfile.gettempdir(), f"relu-xp-host-kernels-{os.getuid()}")
+def compiled(code, architecture):
+    """Return generated source as a program."""
+    return Program(ptx_of(code, architecture))
+
+
+def ptx_of(code, architecture):
+    """Return the PTX of generated source, which is kept for other processes and later runs."""
+    folder = Path(tempfile.gettempdir(), f"relu-xp-ptx-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     assert folder.stat().st_uid == os.getuid(), folder
-    digest = hashlib.sha256("\n".join([*command, text]).encode()).hexdigest()[:24]
-    library = folder / f"{digest}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            unit, built = Path(scratch, "kernel.cpp"), Path(scratch, "kernel.so")
-            unit.write_text(text)
-            command += [str(unit), "-o", str(built)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stderr[-4000:]
-            built.replace(library)
-    function = ctypes.CDLL(str(library)).launch
-    function.restype = None
-    return function
+    versions = cupy.__version__, nvrtc.getVersion(), architecture
+    digest = hashlib.sha256(f"{versions}\n{code}".encode()).hexdigest()[:24]
+    file = folder / f"{digest}.ptx"
+    if not file.exists():
+        text = compile_for(code, architecture, ptx=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as scratch:
+            scratch.write(text)
+        Path(scratch.name).replace(file)
+    return file.read_text()
 
 
 @contextlib.contextmanager

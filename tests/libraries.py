@@ -8,7 +8,6 @@ import ctypes
 import functools
 import importlib
 import importlib.util
-import shutil
 import warnings
 from unittest import mock
 
@@ -28,6 +27,8 @@ class Library(abc.ABC):
         The modules that must be installed; `module` is the first of them.
     dtypes : tuple of str
         Its floating dtypes.
+    only_dtypes : bool
+        Whether only tests of a dtype run over it: the others would repeat those of another library.
     subnormals, payloads : bool
         Whether its own operations keep subnormals (rule F4: `Backend` can do no better), and its
         ``where`` the payload of a NaN (rule F2, likewise).
@@ -44,6 +45,7 @@ class Library(abc.ABC):
     name: str
     requires: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = FLOATING
+    only_dtypes = False
     subnormals = True
     payloads = True
     strided = True
@@ -254,7 +256,7 @@ class Dask(Library):
 
 
 class CupyHost(Library):
-    """CuPy's arrays over host memory, its kernels compiled with g++: see cupy_host.py."""
+    """CuPy's arrays over host memory, the PTX of its kernels executed: see cupy_host.py."""
 
     name = "cupy_host"
     requires = ("cupy", "cuda.pathfinder")
@@ -262,8 +264,6 @@ class CupyHost(Library):
 
     @functools.cached_property
     def reason(self):
-        if shutil.which("g++") is None:
-            return "g++ is not installed"
         if reason := super().reason:
             return reason
         from cuda.pathfinder import find_nvidia_header_directory
@@ -287,6 +287,21 @@ class CupyHost(Library):
         import cupy_host
 
         return cupy_host.installed()
+
+
+class CupyHost75(CupyHost):
+    """The same as compiled for sm_75, which rounds to bfloat16 by other code; all else is equal."""
+
+    name = "cupy_host_75"
+    dtypes = ("bfloat16",)
+    only_dtypes = True
+
+    @contextlib.contextmanager
+    def running(self):
+        import cupy_host
+
+        with mock.patch.object(cupy_host, "architecture", 75), super().running() as launches:
+            yield launches
 
 
 class Cupy(Library):
@@ -322,7 +337,7 @@ class Cupy(Library):
 
 
 _ALL = (Numpy, Compiled, CompiledStreaming, ArrayApiStrict, Torch, TorchElsewhere, Jax, Dask)
-LIBRARIES = {library.name: library() for library in (*_ALL, CupyHost, Cupy)}
+LIBRARIES = {library.name: library() for library in (*_ALL, CupyHost, CupyHost75, Cupy)}
 
 
 def installed(module):

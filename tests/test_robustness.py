@@ -188,16 +188,16 @@ PAGES = """
                 views = [longer(view, (len(view) + 1,), view.strides) for view in views]
             run(params, *map(library.array, views))
 
-    library, of_gcc = LIBRARIES[name], name == "cupy_host"  # compiles for each dtype and layout
+    library, of_cupy = LIBRARIES[name], name == "cupy_host"  # compiles for each dtype and layout
     assert library.load() is None
     few, many = [Room(1) for _ in range(4)], [Room(80) for _ in range(4)]
-    for dtype in [np.dtype("float32")] if of_gcc else reference.DTYPES.values():
-        layouts = ["contiguous", "columns"] if of_gcc else LAYOUTS
+    for dtype in [np.dtype("float32")] if of_cupy else reference.DTYPES.values():
+        layouts = ["contiguous", "columns"] if of_cupy else LAYOUTS
         with library.running(), np.errstate(all="ignore"):
             for size in (*range(3 * beyond, 21), 33, 36, 48, 51, 63, 64, 65, 66, 129, 30_003):
                 for layout in ["contiguous"] if size % 3 or beyond else layouts:
                     for at_end in (False, True)[beyond:]:
-                        if size < 200 or not of_gcc:
+                        if size < 200 or not of_cupy:
                             check(dtype, size, few if size < 200 else many, layout, at_end)
 """
 

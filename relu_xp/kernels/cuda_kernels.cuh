@@ -35,7 +35,6 @@ __device__ To bit_cast(From value) {
 
 // Products, sums and conversions, rounded once, that keep subnormals. Volatile: otherwise the
 // compiler moves each product into a branch of its own, and the threads of a warp diverge.
-#ifdef __CUDA_ARCH__
 __device__ inline float multiply(float a, float b) {
   asm volatile("mul.rn.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
   return a;
@@ -67,18 +66,6 @@ __device__ inline float truncate_to_float(double x) {
   asm volatile("cvt.rz.f32.f64 %0, %1;" : "=f"(result) : "d"(x));
   return result;
 }
-#else  // a C++ compiler, in tests/cupy_host.py
-inline float multiply(float a, float b) { return a * b; }
-inline double multiply(double a, double b) { return a * b; }
-inline float add(float a, float b) { return a + b; }
-inline double add(double a, double b) { return a + b; }
-inline double to_double(float x) { return x; }
-inline float round_to_float(double x) { return static_cast<float>(x); }
-inline float truncate_to_float(double x) {
-  const float result = static_cast<float>(x);
-  return fabs(to_double(result)) > fabs(x) ? nextafterf(result, 0.0f) : result;
-}
-#endif
 
 // The format of one of CuPy's types.
 template <class T>

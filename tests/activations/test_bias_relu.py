@@ -140,7 +140,7 @@ def test_a_bias_of_every_dtype(xp, dtype):
             np.testing.assert_array_equal(xp.numpy(dbias), expected.sum(0))
 
 
-@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy"])
+@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy"])
 def test_a_bias_and_its_gradient_are_rounded_once(xp, dtype):
     """From float64 to 16 bits, not to float32 between, which would be a tie."""
     form = reference.Format(dtype)
@@ -182,7 +182,9 @@ def test_nan_and_infinity_are_silent(xp, dtype):
     np.testing.assert_array_equal(dbias, [inf, 0, nan, nan])
 
 
-@pytest.mark.libraries(names=["numpy", "compiled", "compiled_streaming", "cupy_host", "cupy"])
+@pytest.mark.libraries(
+    names=["numpy", "compiled", "compiled_streaming", "cupy_host", "cupy_host_75", "cupy"]
+)
 def test_a_nan_keeps_its_payload(xp, dtype):
     """Of x, else of the bias; quiet in either case."""
     if dtype == "bfloat16":  # whose arithmetic in NumPy has one NaN

@@ -1,0 +1,95 @@
+"""Faults planted in the PTX of CuPy's kernels: interpreter and a few calls find each of them."""
+
+from __future__ import annotations
+
+import re
+from unittest import mock
+
+import numpy as np
+import pytest
+from passes import check_bits
+from ptx import Program
+
+import relu_xp
+from relu_xp.testing import reference
+
+cupy_host = pytest.importorskip("cupy_host", exc_type=ImportError)
+
+# What is replaced in the PTX, by what, and the dtype of a call that shows it.
+FAULTS = {
+    "a product that flushes subnormals": (r"mul\.rn\.f32", "mul.rn.ftz.f32", "float32"),
+    "a sum that flushes subnormals": (r"add\.rn\.f32", "add.rn.ftz.f32", "float32"),
+    "a comparison that flushes subnormals": (
+        r"setp\.lt\.s32(\s+%p\d+, %r\d+), -8388607",
+        r"setp.lt.ftz.f32\1, 0f00000000",
+        "float32",
+    ),
+    "a conversion that flushes subnormals": (r"cvt\.f64\.f32", "cvt.ftz.f64.f32", "float64"),
+    "a truncated bfloat16": (r"cvt\.rn\.bf16", "cvt.rz.bf16", "bfloat16"),
+    "a truncated float16": (r"cvt\.rn\.f16", "cvt.rz.f16", "float16"),
+    "a truncated product": (r"mul\.rn\.f32", "mul.rz.f32", "float32"),
+    "a number rounded twice": (r"cvt\.rz\.f32\.f64", "cvt.rn.f32.f64", "float16"),
+    "a vote that names an absent thread": (
+        r"(vote\.sync\.ballot\.b32\s+%r\d+, %p\d+), %r\d+",
+        r"\1, -1",
+        "float32",
+    ),
+    "a shuffle that names an absent thread": (
+        r"(shfl\.sync\.down\.b32\s.*), (%r\d+|-1);",
+        r"\1, 1;",
+        "float32",
+    ),
+    "another lane": (r"(shfl\.sync\.down\.b32\s.*, %r\d+), %r\d+,", r"\1, 3,", "float32"),
+    "another branch": (
+        r"setp\.lt\.s32(\s+%p\d+, %r\d+), -8388607",
+        r"setp.le.s32\1, -8388607",
+        "float32",
+    ),
+    "another offset, out of bounds": (r"\+512\]", "+4096]", "float32"),
+    "another offset, misaligned": (r"\+512\]", "+520]", "float32"),
+    "two writers": (r"(st\.global\.v4\.u32\s+\[%rd\d+)\+512\]", r"\1]", "float32"),
+    "a register that is not written": (r"mov\.u32\s+%r\d+, %tid\.x;", "", "float32"),
+}
+
+
+def results(array, dtype):
+    """Return what some calls give for arrays of a dtype, which `array` makes of NumPy arrays."""
+    form = reference.Format(dtype)
+    rng = np.random.default_rng(5)
+    words = rng.choice(reference.specials(dtype), (5, 312))
+    x, dy = array(words.view(form.dtype)), array(words[::-1].copy().view(form.dtype))
+    # 1 + 2**-11 is halfway between two numbers of float16; 1e-40 is subnormal in float32.
+    slopes = {"float16": np.float64(1 + 2.0**-11 - 2.0**-40), "float64": np.float32(1e-40)}
+    weight = array(np.full(1, slopes.get(dtype, 0.3)))
+    bias = array(rng.choice(reference.specials(dtype), 312).view(form.dtype))
+    y, pullback = relu_xp.relu_vjp(x)
+    summed, summed_pullback = relu_xp.bias_relu_vjp(x, bias)
+    leaky = relu_xp.leaky_relu(x, 0.3)
+    learned = relu_xp.prelu(x, weight)
+    dx, dbias = summed_pullback(array(np.ones((5, 312), form.dtype)))
+    return [y, pullback._residuals.data, pullback(dy), summed, leaky, learned, dx, dbias]
+
+
+def check(dtype):
+    with np.errstate(all="ignore"):  # ml_dtypes warns of NaN
+        wanted = results(np.ascontiguousarray, dtype)
+        found = [cupy_host.to_numpy(x) for x in results(cupy_host.array, dtype)]
+        for number, (got, right) in enumerate(zip(found, wanted, strict=True)):
+            check_bits(got, right, number, any_nan=right.dtype.kind != "u")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found(launches, fault):
+    pattern, replacement, dtype = FAULTS[fault]
+    changed = []
+
+    def compiled(code, architecture):
+        text = cupy_host.ptx_of(code, architecture)
+        faulty = re.sub(pattern, replacement, text)
+        changed.append(faulty != text)
+        return Program(faulty)
+
+    check(dtype)
+    with mock.patch.object(cupy_host, "compiled", compiled), pytest.raises(AssertionError):
+        check(dtype)
+    assert any(changed)
