@@ -12,6 +12,7 @@ What this cannot show is speed, and what the driver makes of PTX.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import copyreg
 import functools
@@ -36,7 +37,7 @@ _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's _ArgKind
 
 architecture = 90  # whose PTX is executed
 launches = []  # of each HostKernel: its name, and (ndim, c_contiguous) of the arrays
-last = []  # of the latest HostKernel: its name, its arguments, and what it did to memory
+traces = collections.deque(maxlen=2)  # of the latest ones: kernel, arguments, list of Access
 
 
 def source(kernel, types, layouts, small=True):
@@ -191,7 +192,7 @@ class HostKernel:
         values = [value.tobytes() for value in values]
         program = compiled(code, architecture)
         accesses = program.run(values, int(np.prod(shape)), inputs, outputs)
-        last[:] = kernel.name, arguments, accesses
+        traces.append((kernel, arguments, accesses))
 
 
 @functools.cache
