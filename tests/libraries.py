@@ -295,13 +295,23 @@ class CupyHost75(CupyHost):
     name = "cupy_host_75"
     dtypes = ("bfloat16",)
     only_dtypes = True
+    architecture = 75
 
     @contextlib.contextmanager
     def running(self):
         import cupy_host
 
-        with mock.patch.object(cupy_host, "architecture", 75), super().running() as launches:
+        change = mock.patch.object(cupy_host, "architecture", self.architecture)
+        with change, super().running() as launches:
             yield launches
+
+
+class CupyHost120(CupyHost75):
+    """The same for sm_120, which NVRTC compiles with a newer LLVM."""
+
+    name = "cupy_host_120"
+    dtypes = FLOATING
+    architecture = 120
 
 
 class Cupy(Library):
@@ -337,7 +347,9 @@ class Cupy(Library):
 
 
 _ALL = (Numpy, Compiled, CompiledStreaming, ArrayApiStrict, Torch, TorchElsewhere, Jax, Dask)
-LIBRARIES = {library.name: library() for library in (*_ALL, CupyHost, CupyHost75, Cupy)}
+LIBRARIES = {
+    library.name: library() for library in (*_ALL, CupyHost, CupyHost75, CupyHost120, Cupy)
+}
 
 
 def installed(module):

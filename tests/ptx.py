@@ -178,10 +178,10 @@ class Program:
                 source = np.array(int(form[1], 16), UNSIGNED[dtype.itemsize]).view(dtype)
             elif dtype == BOOL and text[0] != "%":
                 source = np.array(int(text) != 0)
-            elif text[0] != "%":
+            elif text[0] not in "%_":
                 word = int(text, 0) % (1 << 8 * dtype.itemsize)
                 source = np.array(word, UNSIGNED[dtype.itemsize]).view(dtype)
-            elif text not in _SPECIAL:
+            elif text not in ("_", *_SPECIAL):
                 held = self.registers[text]
                 if held.itemsize < dtype.itemsize or (held == BOOL) != (dtype == BOOL):
                     raise KeyError(text)
@@ -315,6 +315,8 @@ class _Batch:
         return value.view(dtype)
 
     def _write(self, name, value, lanes):
+        if name == "_":  # a result that is not needed
+            return
         held = self.program.registers[name]
         if value.itemsize < held.itemsize:  # extended by its sign, if it has one
             value = value.astype(f"{value.dtype.kind}{held.itemsize}")

@@ -22,6 +22,7 @@ _COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 _FLOATS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _FLOATS |= {"min": np.fmin, "max": np.fmax}  # the operand that is no NaN
+_FLOATS |= {"abs": np.abs, "neg": np.negative}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "neg": np.negative}
 _INTEGERS |= {"min": np.minimum, "max": np.maximum}
 
@@ -94,6 +95,8 @@ def operation(words):
     else:
         function = _LOGIC.get(name) or (_FLOATS if is_float else _INTEGERS)[name]
         operands = [kind] * function.nin
+        if is_float:
+            function = _arithmetic(function, kind, "rn")
     return result, operands, function
 
 
@@ -129,7 +132,7 @@ def _round(exact, dtype, mode, error=0.0):
 
 def _arithmetic(function, kind, mode):
     if mode == "rn":
-        return lambda a, b: _canonical(function(a, b), kind)
+        return lambda *operands: _canonical(function(*operands), kind)
     if kind != "f32" or mode not in ("rz", "rm", "rp"):
         raise KeyError(mode)
 

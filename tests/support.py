@@ -20,6 +20,7 @@ TITLES = {
     "cupy": "CuPy",
     "cupy_host": "CuPy's kernels for sm_90, executed on a CPU",
     "cupy_host_75": "the same for sm_75, where they differ",
+    "cupy_host_120": "the same for sm_120",
     "torch": "PyTorch",
     "torch_elsewhere": "PyTorch, on another device or traced",
     "jax": "JAX",

@@ -201,7 +201,7 @@ VARIANTS = {
         """
         const Word<T> word = word_of(x);
         y = number_of<T>(relu<Float<T>>(word));
-        z = number_of<T>(relu<Float<T>>(negate<Float<T>>(word)))
+        z = number_of<T>(relu<Float<T>>(Float<T>::negate(word)))
         """,
     ),
     "crelu_mask": ("X x", "uint8 p", "p = crelu_branch<Float<X>>(word_of(x))"),

@@ -970,7 +970,7 @@ void negated_relu(const Params& /*params*/, const Block& block) {
       block, [&](std::size_t start, std::size_t n, auto* y) __attribute__((always_inline)) {
         const WordOf<F>* x = input<F>(block, 0, start);
         RELU_XP_INDEPENDENT
-        for (std::size_t i = 0; i < n; ++i) y[i] = relu<F>(negate<F>(x[i]));
+        for (std::size_t i = 0; i < n; ++i) y[i] = relu<F>(F::negate(x[i]));
       });
 }
 

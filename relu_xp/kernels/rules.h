@@ -33,6 +33,8 @@ struct Format {
   static constexpr bool keeps_payload = payload;
   // Whether `multiply` does that by itself, and `add` with the first NaN.
   static constexpr bool keeps_nan = false;
+
+  RELU_XP_INLINE static Word negate(Word x) { return static_cast<Word>(x ^ sign); }
 };
 
 template <class F>
@@ -41,11 +43,6 @@ using WordOf = typename F::Word;
 template <class F>
 RELU_XP_INLINE bool is_nan(WordOf<F> x) {
   return static_cast<WordOf<F>>(x & (F::sign - 1)) > (F::infinity | F::below);
-}
-
-template <class F>
-RELU_XP_INLINE WordOf<F> negate(WordOf<F> x) {
-  return static_cast<WordOf<F>>(x ^ F::sign);
 }
 
 // The word that orders as the number does when it is taken as a signed integer, NaN outermost;
@@ -179,7 +176,7 @@ RELU_XP_INLINE WordOf<F> apply_slope(WordOf<F> slope, WordOf<F> product) {
 template <class F>
 RELU_XP_INLINE WordOf<F> crelu_branch(WordOf<F> x) {
   using Word = WordOf<F>;
-  const Word upper = above_zero<F>(x), lower = above_zero<F>(negate<F>(x));
+  const Word upper = above_zero<F>(x), lower = above_zero<F>(F::negate(x));
   return static_cast<Word>(upper + lower + lower);
 }
 
@@ -187,7 +184,7 @@ RELU_XP_INLINE WordOf<F> crelu_branch(WordOf<F> x) {
 template <class F>
 RELU_XP_INLINE WordOf<F> crelu_backward(WordOf<F> branch, WordOf<F> first, WordOf<F> second,
                                         WordOf<F> difference) {
-  const WordOf<F> one = branch == 1 ? first : negate<F>(second);
+  const WordOf<F> one = branch == 1 ? first : F::negate(second);
   return branch == 0 ? WordOf<F>(0) : branch == 3 ? difference : one;
 }
 
