@@ -29,7 +29,7 @@ SOURCES = (
     "*/CMakeLists.txt",
 )
 LARGEST = 3 << 20  # bytes of a wheel
-RESOLVED = {"cuda12": "cupy-cuda12x", "cuda13": "cupy-cuda13x"}
+RESOLVED = {"cuda12": "cupy-cuda12x", "cuda13": "cupy-cuda13x", "rocm7": "cupy-rocm-7-0"}
 
 
 def main(folder: Path) -> None:

@@ -219,9 +219,11 @@ def _numpy() -> type[Backend]:
 
 
 def _cupy() -> type[Backend]:
-    from relu_xp.backends.cupy import CupyBackend
+    from cupy.cuda import runtime
 
-    return CupyBackend
+    from relu_xp.backends.cupy import CupyBackend, CupyOperations
+
+    return CupyOperations if runtime.is_hip else CupyBackend
 
 
 def _torch() -> type[Backend]:

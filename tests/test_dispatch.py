@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
+import re
 import sys
 import types
 
@@ -162,6 +165,30 @@ def test_dtypes_of_two_libraries_are_not_compared(require):
     for dtype in ("float32", "float64"):
         relu_xp.relu(np.ones(2, dtype), threshold=0.125)
         relu_xp.relu(strict.ones(2, dtype=getattr(strict, dtype)), threshold=0.125)
+
+
+@pytest.mark.parametrize(("is_hip", "name"), [(False, "CupyBackend"), (True, "CupyOperations")])
+def test_the_kernels_of_cupy_are_not_for_amd_gpus(require, monkeypatch, is_hip, name):
+    monkeypatch.setattr(require("cupy").cuda.runtime, "is_hip", is_hip)
+    monkeypatch.setattr(dispatch, "availability", lambda name: name != "cupy" and "not asked for")
+    assert dispatch.backend_class("cupy").__name__ == name
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        relu_xp.show_versions()
+    assert re.search(rf"^  cupy +relu_xp\.backends\.cupy\.{name}$", out.getvalue(), re.MULTILINE)
+
+
+def test_bfloat16_on_an_amd_gpu_is_refused(require, monkeypatch, no_backends):
+    """CuPy's own operations make float32 of it; the array here is of this machine's memory."""
+    cupy, ml_dtypes = require("cupy"), require("ml_dtypes")
+    monkeypatch.setattr(cupy.cuda.runtime, "is_hip", True)
+    host = np.ones(3, ml_dtypes.bfloat16)
+    memory = cupy.cuda.UnownedMemory(host.ctypes.data, host.nbytes, host, device_id=1)
+    x = cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0))
+    with pytest.raises(TypeError, match=r"^relu: x: bfloat16 .*AMD GPU; .*astype\('float32'\)$"):
+        relu_xp.relu(x)
+    backend = dispatch.backend_named("cupy")
+    assert backend.device(x) == ("cupy", 1)
+    assert backend.dtype_name(np.dtype("float16")) == "float16"
 
 
 # ---- Libraries by name ---------------------------------------------------------------------------

@@ -4,6 +4,8 @@ No method synchronizes with the device. Given ``out`` and a mask, nothing is all
 bias of another dtype, and the gradient of a bias or weight with the sums that it is made of. The
 kernels are in ``cupy_kernels.py``, which also decides how a strided array is handled
 (`Launcher.run`); how sums are made is in ``cupy_sums.py``; the masks are those of `relu_xp.mask`.
+
+All this is `CupyBackend`. On an AMD GPU there are no kernels: `CupyOperations` is the base class.
 """
 
 from __future__ import annotations
@@ -23,10 +25,51 @@ from relu_xp.backends.overlap import address_view
 from relu_xp.mask import Axes, Mask, mask_nbytes, memory_order, new_like
 from relu_xp.parameters import CastParameters
 
-__all__ = ["CupyBackend"]
+__all__ = ["CupyBackend", "CupyOperations"]
 
 
-class CupyBackend(Backend):
+class CupyOperations(Backend):
+    """CuPy arrays by CuPy's own operations: on an AMD GPU, since the kernels are NVIDIA's."""
+
+    def random_uniform(self, rng: Any, lower: float, upper: float, x: cupy.ndarray) -> cupy.ndarray:
+        """Return random numbers, drawn on the device if `rng` is CuPy's, else moved there."""
+        with _on_device_of(x):
+            return cupy.asarray(draw(rng, lower, upper, x.shape, x.dtype.name))
+
+    def dtype_name(self, dtype: np.dtype[Any]) -> str:
+        """Return the dtype's name; refuse bfloat16, which CuPy promotes to float32."""
+        if dtype.name == "bfloat16":
+            raise TypeError(
+                "bfloat16 is not supported on an AMD GPU; convert it first, by its method "
+                "astype('float32')"
+            )
+        return dtype.name
+
+    def device(self, x: cupy.ndarray) -> tuple[str, int]:
+        """Return the library and the device's number."""
+        return "cupy", x.data.device_id
+
+    def is_valid_out(self, out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
+        """Return whether `out` is known to be a valid ``out=``."""
+        return (
+            type(out) is cupy.ndarray
+            and out.flags.c_contiguous
+            and (like is out or _are_apart(out, like))
+            and (other is out or _are_apart(out, other))
+            and out.shape == like.shape
+            and out.dtype == like.dtype
+            and out.data.device_id == like.data.device_id
+        )
+
+    def memory_view(self, x: cupy.ndarray) -> np.ndarray[Any, Any]:
+        """Return a NumPy array with the addresses of x.
+
+        CuPy's own `may_share_memory` says no where two imports of one memory overlap.
+        """
+        return address_view(x.data.ptr, x.shape, x.strides, x.itemsize)
+
+
+class CupyBackend(CupyOperations):
     """CuPy arrays by fused kernels."""
 
     def forward(
@@ -226,11 +269,6 @@ class CupyBackend(Backend):
             variant("crelu_backward")(*split(dy, axis), mask, dx)
         return dx
 
-    def random_uniform(self, rng: Any, lower: float, upper: float, x: cupy.ndarray) -> cupy.ndarray:
-        """Return random numbers, drawn on the device if `rng` is CuPy's, else moved there."""
-        with _on_device_of(x):
-            return cupy.asarray(draw(rng, lower, upper, x.shape, x.dtype.name))
-
     def copy(self, x: cupy.ndarray) -> cupy.ndarray:
         """Return a copy of x."""
         with _on_device_of(x):
@@ -247,29 +285,6 @@ class CupyBackend(Backend):
     def dtype_name(self, dtype: np.dtype[Any]) -> str:
         """Return the dtype's name."""
         return dtype.name
-
-    def device(self, x: cupy.ndarray) -> tuple[str, int]:
-        """Return the library and the device's number."""
-        return "cupy", x.data.device_id
-
-    def is_valid_out(self, out: Any, like: cupy.ndarray, other: cupy.ndarray) -> bool:
-        """Return whether `out` is known to be a valid ``out=``."""
-        return (
-            type(out) is cupy.ndarray
-            and out.flags.c_contiguous
-            and (like is out or _are_apart(out, like))
-            and (other is out or _are_apart(out, other))
-            and out.shape == like.shape
-            and out.dtype == like.dtype
-            and out.data.device_id == like.data.device_id
-        )
-
-    def memory_view(self, x: cupy.ndarray) -> np.ndarray[Any, Any]:
-        """Return a NumPy array with the addresses of x.
-
-        CuPy's own `may_share_memory` says no where two imports of one memory overlap.
-        """
-        return address_view(x.data.ptr, x.shape, x.strides, x.itemsize)
 
     def mask_nbytes(self, params: CastParameters, x: cupy.ndarray) -> int:
         """Return the bytes of a mask."""

@@ -17,8 +17,8 @@ SUMMARY = "show versions, backends, kernels, threads and GPU"
 
 _DISTRIBUTIONS = (
     *("numpy", "array-api-compat", "array-api-strict", "ml-dtypes"),
-    *("cupy", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "dask", "distributed"),
-    *("matplotlib", "scikit-learn", "tqdm"),
+    *("cupy", "cupy-cuda12x", "cupy-cuda13x", "cupy-rocm-7-0", "torch", "jax"),
+    *("dask", "distributed", "matplotlib", "scikit-learn", "tqdm"),
 )
 
 
@@ -81,9 +81,10 @@ def gpus() -> dict[str, str]:
                 f"{properties['name'].decode()}, {properties['totalGlobalMem'] / 2**30:.1f} GiB, "
                 f"compute capability {properties['major']}.{properties['minor']}"
             )
+        api, major, minor = ("HIP", 10**7, 10**5) if runtime.is_hip else ("CUDA", 1000, 10)
         for name in ("driver", "runtime"):
             version = getattr(runtime, f"{name}GetVersion")()
-            found[name] = f"CUDA {version // 1000}.{version % 1000 // 10}"
+            found[name] = f"{api} {version // major}.{version % major // minor}"
     except Exception as error:
         found["unknown"] = f"{type(error).__name__}: {error}"
     return found

@@ -58,20 +58,29 @@ def test_versions_are_those_of_what_is_installed(monkeypatch):
     assert info.versions()["cupy-cuda12x"] == "14.0"
 
 
-def test_devices(monkeypatch):
+@pytest.mark.parametrize(
+    ("is_hip", "versions", "words"),
+    [
+        (False, (13010, 12090), ("CUDA 13.1", "CUDA 12.9")),
+        (True, (70051831, 71252802), ("HIP 7.0", "HIP 7.12")),
+    ],
+    ids=["CUDA", "HIP"],
+)
+def test_devices(monkeypatch, is_hip, versions, words):
     properties = {"name": b"H200", "totalGlobalMem": 2**37, "major": 9, "minor": 0}
     runtime = SimpleNamespace(
         getDeviceCount=lambda: 1,
         getDeviceProperties=lambda number: properties,
-        driverGetVersion=lambda: 13010,
-        runtimeGetVersion=lambda: 12090,
+        driverGetVersion=lambda: versions[0],
+        runtimeGetVersion=lambda: versions[1],
+        is_hip=is_hip,
     )
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
     monkeypatch.setitem(sys.modules, "cupy.cuda", SimpleNamespace(runtime=runtime))
     assert info.gpus() == {
         "device 0": "H200, 128.0 GiB, compute capability 9.0",
-        "driver": "CUDA 13.1",
-        "runtime": "CUDA 12.9",
+        "driver": words[0],
+        "runtime": words[1],
     }
 
 
