@@ -4,7 +4,7 @@ from relu_xp import activations
 from relu_xp.activations import *  # noqa: F403  all of its public names
 from relu_xp.threads import get_num_threads, set_num_threads
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["get_num_threads", "set_num_threads", "show_versions"]
 __all__ += activations.__all__

@@ -30,19 +30,27 @@ def test_the_version_is_written_in_one_place(python):
     assert containing == [ROOT / "relu_xp/__init__.py"]
 
 
-def test_the_newest_release_of_the_changelog_is_this_version():
+def test_changelog_and_citation_are_of_this_version():
     heads = re.findall(r"^## \[(.+?)\](?: - (.+))?$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     releases = [head for head in heads if head != ("Unreleased", "")]
-    assert heads
     assert heads[: len(heads) - len(releases)] in ([], [("Unreleased", "")])
-    assert [name for name, _ in releases[:1]] in ([], [relu_xp.__version__])
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in releases)
+    lines = re.findall(r'^([\w-]+): "?(.+?)"?$', (ROOT / "CITATION.cff").read_text(), re.M)
+    citation = dict(lines)
+    assert releases[0] == (relu_xp.__version__, citation["date-released"])
+    assert citation["version"] == relu_xp.__version__
+    assert citation["license"] == PROJECT["license"]
 
 
-def test_the_oldest_python_is_the_same_everywhere():
+def test_the_supported_versions_are_the_same_everywhere():
     oldest = PROJECT["requires-python"].removeprefix(">=")
     claimed = [c.rpartition(" ")[2] for c in PROJECT["classifiers"] if ":: 3." in c]
     assert claimed[0] == oldest
     assert sys.version_info >= tuple(map(int, oldest.split(".")))
     assert SETTINGS["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
-    assert f"Python {oldest} or later" in (ROOT / "README.md").read_text()
+    readme, contributing = ((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    assert f"Python {oldest} or later" in readme
+    assert f"CPython {oldest} to {claimed[-1]}" in readme
+    assert f"(now {oldest} to {claimed[-1]})" in contributing
+    numpy = next(one for one in PROJECT["dependencies"] if one.startswith("numpy"))
+    assert f"(now from {numpy.removeprefix('numpy>=')} on)" in contributing

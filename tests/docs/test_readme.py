@@ -17,7 +17,7 @@ import relu_xp
 import relu_xp.activations
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 for folder in ("relu_xp", "tests", "bench"):
     FILES += sorted((ROOT / folder).rglob("*.md"))
 TEXTS = {file.relative_to(ROOT).as_posix(): file.read_text() for file in FILES}
