@@ -77,6 +77,15 @@ class Access(NamedTuple):
     threads: np.ndarray
     width: int
 
+    def only(self, which):
+        """Return the part of it that some of the threads did."""
+        return self._replace(addresses=self.addresses[which], threads=self.threads[which])
+
+    def units(self, first, size):
+        """Return the indices of the units of memory that each thread touched, counted from one."""
+        start = self.addresses // np.uint64(size) - np.uint64(first // size)
+        return [start + np.uint64(k) for k in range(self.width // size)]
+
 
 class Program:
     """A kernel: the only entry of a PTX text."""
@@ -413,18 +422,19 @@ class _Batch:
 def _check_races(name, accesses, writable):
     """Raise PtxError if two threads touch a byte that one of them writes."""
     for first, last in writable:
-        here = []  # with indices of units of memory: the bytes of the narrowest access
-        unit = min([access.width for access in accesses], default=1)
+        here = []
         for access in accesses:
             inside = (first <= access.addresses) & (access.addresses < last)
-            start = access.addresses[inside] // np.uint64(unit) - np.uint64(first // unit)
-            units = [start + np.uint64(k) for k in range(access.width // unit)]
-            here.append((access.is_store, units, access.threads[inside], access.text))
+            if inside.any():
+                here.append(access if inside.all() else access.only(inside))
+        unit = min([access.width for access in here], default=1)  # bytes: no access is narrower
         writers = np.full((last - first) // unit + 2, -1)
-        for is_store, units, threads, _ in here:
-            for unit_of_store in units if is_store else ():
-                writers[unit_of_store] = threads
-        for _, units, threads, text in here:
-            for found in (writers[one] for one in units):
-                if np.any((found != threads) & (found != -1)):
-                    raise PtxError(f"{name}: two threads touch what one of them writes: {text}")
+        for access in here:
+            for index in access.units(first, unit) if access.is_store else ():
+                writers[index] = access.threads
+        for access in here:
+            for index in access.units(first, unit):
+                found = writers[index]
+                if np.any((found != access.threads) & (found != -1)):
+                    what = "two threads touch what one of them writes"
+                    raise PtxError(f"{name}: {what}: {access.text}")
