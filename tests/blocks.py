@@ -161,7 +161,7 @@ def initialize(name):
 def sweep(name, first):
     """Check a batch of blocks, and return how many patterns these are.
 
-    PTX takes 100 times longer than compiled code: of it one block of each sign and exponent.
+    PTX takes 100 times longer than compiled code: of it a sixteenth, of each sign and exponent.
     """
     step = 16 if name == "cupy_host" else 1
     for number in range(first + first // BATCH % step, first + BATCH, step):
