@@ -27,7 +27,10 @@ else:
     try:
         import relu_xp.kernels._cpu as cpu
     except ModuleNotFoundError:
-        reason = "not compiled: no C++ compiler when relu_xp was installed, or not built at all"
+        reason = (
+            "not compiled: no C++ compiler when relu_xp was installed, a big-endian processor, "
+            "or not built at all"
+        )
     except ImportError as error:
         reason = f"not loaded: {error}"
 

@@ -3,6 +3,11 @@
 #ifndef RELU_XP_CPU_KERNELS_H
 #define RELU_XP_CPU_KERNELS_H
 
+// Masks are packed by words.
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "The kernels are for little-endian processors; without them relu_xp computes with NumPy."
+#endif
+
 #include <cstddef>
 #include <cstdint>
 

@@ -31,7 +31,6 @@ const KernelTable* active_kernels = nullptr;
 
 namespace {
 
-static_assert(NPY_BYTE_ORDER == NPY_LITTLE_ENDIAN, "masks are packed on little-endian processors");
 static_assert(NPY_MAXDIMS == kMaxDims && std::is_same_v<npy_intp, std::ptrdiff_t>);
 static_assert(std::is_trivially_destructible_v<Job> &&
               std::is_trivially_destructible_v<WeightGrad> &&

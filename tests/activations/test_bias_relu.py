@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 
 import numpy as np
 import pytest
-from operands import bits
 from table import CASES, DTYPES
 
 import relu_xp
@@ -18,78 +18,44 @@ from relu_xp.testing import reference
 X = np.array([[-2.0, 1.0, 0.5], [3.0, 0.0, -0.25]], np.float32)
 BIAS = np.array([0.5, -0.25, 1.0], np.float32)
 
-# Of every dtype, beside its special values; sums of two of them are rounded, cancel or overflow.
-NUMBERS = [0.5, -0.5, 1.0, -1.0, 1 / 3, -0.25, 0.75, 1.5, -2.0, 5.5, 6.0, 7.0, 3e4, -6e4]
-
-
-def numbers(dtype):
-    """Return special values and others."""
-    form = reference.Format(dtype)
-    special = np.array(reference.specials(dtype), form.unsigned).view(form.dtype)
-    return np.concatenate([special, np.array(NUMBERS, form.dtype)])
-
-
-def check(xp, got, wanted, *inputs):
-    """Compare results bit for bit, every NaN the same one; not what a library flushes."""
-    got, wanted = xp.numpy(got), xp.numpy(wanted)
-    assert got.dtype == wanted.dtype
-    differ = bits(got) != bits(wanted)
-    if not xp.subnormals:
-        for array in (*inputs, wanted):
-            patterns = array.view(reference.Format(array.dtype.name).unsigned)
-            differ &= ~reference.is_tiny(np.broadcast_to(patterns, differ.shape))
-    assert not differ.any(), (got[differ][:5], wanted[differ][:5])
-
-
-def rounded_sum(x, bias):
-    with np.errstate(all="ignore"):
-        return x + bias.astype(x.dtype)
-
 
 # ---- relu(x + bias) and its gradients -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", reference.PRESETS)
-def test_it_is_relu_of_the_sum(xp, dtype, preset):
-    """Of every number and every bias, bit for bit; so are the gradient by x and the mask."""
-    parameters = reference.PRESETS[preset]
-    bias = numbers(dtype)
-    host = np.repeat(bias[:, None], len(bias), 1)
-    total = rounded_sum(host, bias)
-    dy = np.resize(bias[::-1], total.shape)
-    wanted, other = relu_xp.relu_vjp(xp.array(total), **parameters)
-    x, b = xp.array(host), xp.array(bias)
-    y, pullback = relu_xp.bias_relu_vjp(x, b, **parameters)
-    dx, _ = pullback(xp.array(dy))
-    for result in (y, relu_xp.bias_relu(x, b, **parameters)):
-        check(xp, result, wanted, host, bias, total)
-    check(xp, dx, other(xp.array(dy)), host, bias, total, dy)
-    if xp.strided:
-        masks = [relu_xp.empty_mask(x, **parameters) for _ in range(2)]
-        relu_xp.bias_relu_vjp(x, b, mask=masks[0], **parameters)
-        relu_xp.relu_vjp(xp.array(total), mask=masks[1], **parameters)
-        assert xp.numpy(masks[0]).tobytes() == xp.numpy(masks[1]).tobytes()
-
-
+@pytest.mark.libraries("strided")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_its_mask_is_that_of_the_sum(xp, case):
+    """To the byte; the values are tested by the conformance suite."""
+    host = np.resize(np.linspace(-2, 2, 17, dtype=np.float32), (7, 11))
+    bias = np.linspace(-1, 1, 11, dtype=np.float32)
+    x, total = xp.array(host), xp.array(host + bias)
+    masks = [relu_xp.empty_mask(x, **case) for _ in range(2)]
+    relu_xp.bias_relu_vjp(x, xp.array(bias), mask=masks[0], **case)
+    relu_xp.relu_vjp(total, mask=masks[1], **case)
+    assert xp.numpy(masks[0]).tobytes() == xp.numpy(masks[1]).tobytes()
+
+
+SHAPES = [
+    ((6,), 0),
+    ((5, 6), -1),
+    ((5, 6), 0),
+    ((5, 6), -2),
+    ((3, 6, 5), 1),
+    ((2, 6, 3, 4), -3),
+    ((2, 3, 4, 6), 3),
+    ((7, 1), 1),
+    ((1, 7), 1),
+    ((0, 3), 1),
+    ((0, 3), 0),
+    ((3, 0), 1),
+    ((2, 0, 3), 2),
+    ((0,), 0),
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "axis"),
-    [
-        ((6,), 0),
-        ((5, 6), -1),
-        ((5, 6), 0),
-        ((5, 6), -2),
-        ((3, 6, 5), 1),
-        ((2, 6, 3, 4), -3),
-        ((2, 3, 4, 6), 3),
-        ((7, 1), 1),
-        ((1, 7), 1),
-        ((0, 3), 1),
-        ((0, 3), 0),
-        ((3, 0), 1),
-        ((2, 0, 3), 2),
-        ((0,), 0),
-    ],
+    ("shape", "axis", "case"),
+    [(*pair, case) for pair, case in zip(SHAPES, itertools.cycle(CASES.values()))],
     ids=str,
 )
 def test_the_bias_goes_along_an_axis(xp, shape, axis, case):
@@ -120,24 +86,6 @@ def test_the_bias_goes_along_an_axis(xp, shape, axis, case):
         np.testing.assert_array_equal(xp.numpy(layer(x)), wanted)
         np.testing.assert_array_equal(xp.numpy(layer.backward(dy)), expected)
         np.testing.assert_array_equal(xp.numpy(layer.grads[0]), expected.sum(others))
-
-
-def test_a_bias_of_every_dtype(xp, dtype):
-    """It is rounded to the dtype of x, and its gradient has its own dtype."""
-    host = np.array([[-2.0, 3.0, -0.5], [4.0, -1.0, 0.0]], DTYPES[dtype])
-    for its_dtype in xp.dtypes:
-        bias = np.array([0.5, 1 / 3, 1 + 2**-12], DTYPES[its_dtype])
-        y, pullback = relu_xp.bias_relu_vjp(xp.array(host), xp.array(bias))
-        wanted = np.maximum(rounded_sum(host, bias), 0)
-        np.testing.assert_array_equal(xp.numpy(y), wanted)
-        for dy_dtype in (xp.dtypes[0], xp.dtypes[-1]):
-            dy = np.array([[1, 2, 3], [4, 5, 6]], DTYPES[dy_dtype])
-            dx, dbias = pullback(xp.array(dy))
-            assert xp.numpy(dx).dtype == dy.dtype
-            assert xp.numpy(dbias).dtype == bias.dtype
-            expected = np.where(wanted > 0, dy, 0)
-            np.testing.assert_array_equal(xp.numpy(dx), expected)
-            np.testing.assert_array_equal(xp.numpy(dbias), expected.sum(0))
 
 
 @pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy"])
@@ -199,18 +147,6 @@ def test_a_nan_keeps_its_payload(xp, dtype):
 
 
 # ---- The bias's gradient ------------------------------------------------------------------------
-
-
-def test_it_is_summed_in_more_than_16_bits(xp):
-    """70,000 ones are beyond float16, and counting in it ends at 2,048."""
-    for dtype in xp.dtypes[:2]:
-        x = xp.array(np.ones((70_000, 1), DTYPES[dtype]))
-        for wide in (np.dtype(np.float32), DTYPES[dtype]):
-            _, pullback = relu_xp.bias_relu_vjp(x, xp.array(np.zeros(1, wide)))
-            dbias = xp.numpy(pullback(x)[1])
-            with np.errstate(over="ignore"):
-                assert dbias[0] == np.array(70_000.0).astype(wide)
-            assert dbias.dtype == wide
 
 
 def test_it_is_the_sum_of_dx_as_it_is_rounded(xp):

@@ -81,7 +81,8 @@ def test_four_gigabytes_through_two_workers_of_one():
     # Nested functions: a worker cannot import this file.
 
     def make_block(block_info=None):
-        return np.resize(np.arange(-2, 3, dtype=np.float32), block_info[None]["chunk-shape"])
+        rows, columns = block_info[None]["chunk-shape"]
+        return np.tile(np.arange(-2, 3, dtype=np.float32), (rows, columns // 5))
 
     def limits(dask_worker):
         manager = dask_worker.memory_manager

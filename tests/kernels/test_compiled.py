@@ -829,6 +829,7 @@ class TestMemory:
     def growth(function, calls=2000):
         """Return how many more bytes are allocated after many calls."""
         found = []
+        gc.freeze()  # what other tests have left takes seconds to look through
         tracemalloc.start()
         for number in (100, calls):
             for _ in range(number):
@@ -836,6 +837,7 @@ class TestMemory:
             gc.collect()
             found.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
+        gc.unfreeze()
         return found[1] - found[0]
 
     @pytest.mark.parametrize("view", [np.s_[:], np.s_[:, ::-1]], ids=["contiguous", "strided"])
@@ -861,7 +863,6 @@ class TestMemory:
                     function(*bad)
 
         for call in valid, invalid:
-            gc.collect()
             before = [sys.getrefcount(a) for a in kept]
             assert self.growth(call) < 5_000
             after = [sys.getrefcount(a) for a in kept]

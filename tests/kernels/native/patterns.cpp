@@ -87,6 +87,7 @@ struct Operation {
   bool biased = false;  // with a bias for each element: the last input
   int itemsize = 0;     // of the output, if it has another dtype
 };
+
 constexpr Operation kOperations[] = {
     {"forward", relu_xp::kForward, "x"},
     {"forward with bits", relu_xp::kForwardBits, "x", 'b', true},
@@ -106,6 +107,11 @@ constexpr Operation kOperations[] = {
     {"crelu, mask", relu_xp::kCreluMask, "x", ' ', false, false, 1},
     {"crelu, backward", relu_xp::kCreluBackward, "dsm"},
     {"to double", relu_xp::kToDouble, "x", ' ', false, false, 8}};
+// Operations that add elements to sums.
+constexpr Operation kSummed[] = {
+    {"backward from bits, sums", relu_xp::kBackwardBitsSum, "d", 'b'},
+    {"backward from bytes, sums", relu_xp::kBackwardBytesSum, "d", 'm'},
+    {"sums", relu_xp::kSumChannels, "x"}};
 
 std::uint64_t scrambled(std::uint64_t z) {  // splitmix64
   z *= 0x9e3779b97f4a7c15;
@@ -224,10 +230,8 @@ struct Operands {
   Array bits, mask;
 };
 
-// Runs a kernel and prints a digest of its output. A NaN at an index where no input has one counts
-// as any NaN: x86 makes negative ones, and Arm positive ones.
-void run(const KernelTable& table, const Format& format, const Operation& operation,
-         const Activation& activation, Operands& operands) {
+relu_xp::Params params_of(const Format& format, const Operation& operation,
+                          const Activation& activation) {
   relu_xp::Params params{};
   params.threshold = format.word(activation.threshold);
   params.negative_slope = format.word(activation.negative_slope);
@@ -235,6 +239,14 @@ void run(const KernelTable& table, const Format& format, const Operation& operat
   params.max_value = format.word(activation.max_value);
   params.dtype = format.dtype;
   params.variant = operation.number < relu_xp::kPrelu ? activation.variant : relu_xp::kPlain;
+  return params;
+}
+
+// Runs a kernel and prints a digest of its output. A NaN at an index where no input has one counts
+// as any NaN: x86 makes negative ones, and Arm positive ones.
+void run(const KernelTable& table, const Format& format, const Operation& operation,
+         const Activation& activation, Operands& operands) {
+  const relu_xp::Params params = params_of(format, operation, activation);
   const std::string inputs = operation.inputs;
   const bool other_dtype = operation.itemsize != 0;
   Array* mask = operands.named(operation.mask);
@@ -280,6 +292,98 @@ void run(const KernelTable& table, const Format& format, const Operation& operat
   }
 }
 
+// Adds numbers to the digest; a NaN counts as any NaN.
+void add_numbers(Digest& digest, const std::vector<double>& numbers) {
+  for (const double number : numbers) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, &number, sizeof(word));
+    digest.add(kFormats[3].is_nan(word) ? kFormats[3].infinity() + 1 : word);
+  }
+}
+
+// Runs a kernel that adds to sums, in pieces of so many elements, and prints a digest of its output
+// and of all sums.
+void run_sums(const KernelTable& table, const Format& format, const Operation& operation,
+              const Activation& activation, Operands& operands) {
+  const relu_xp::Params params = params_of(format, operation, activation);
+  Array* mask = operands.named(operation.mask);
+  struct {
+    std::size_t piece, run, lanes, size;
+  } const shapes[] = {{operands.count, 4999, 997, 4 * 997}, {64, 1, 1, 1}};
+  for (const auto& shape : shapes) {
+    Digest digest;
+    Array out(operands.count, operands.itemsize);
+    for (std::size_t first = 0; first < operands.count; first += shape.piece) {
+      std::vector<double> totals(shape.size);
+      relu_xp::Sums sums;
+      sums.data = totals.data();
+      sums.size = shape.size;
+      sums.lanes = shape.lanes;
+      sums.run = shape.run;
+      Block block{};
+      block.in[0] = operands.named(operation.inputs[0])->data() + first * operands.itemsize;
+      block.out = out.data() + first * operands.itemsize;
+      block.mask = mask == nullptr ? nullptr : mask->bytes();
+      block.first = first;
+      block.count = std::min(shape.piece, operands.count - first);
+      block.sums = &sums;
+      table.floating[format.dtype][operation.number][params.variant](params, block);
+      add_numbers(digest, totals);
+    }
+    for (std::size_t i = 0; i < operands.count; ++i) {
+      const std::uint64_t word = out.word(i);
+      digest.add(format.is_nan(word) ? format.infinity() + 1 : word);
+    }
+    std::printf("%s %s of %zu lanes, %s %016llx\n", format.name, operation.name, shape.size,
+                activation.name, static_cast<unsigned long long>(digest.value()));
+  }
+}
+
+// The kernels of a sum of products of doubles.
+void run_doubles(const KernelTable& table, Operands& operands) {
+  std::vector<double> x(operands.count), terms(operands.count);
+  std::memcpy(x.data(), operands.x.data(), operands.x.size());
+  std::memcpy(terms.data(), operands.dy.data(), operands.dy.size());
+  Digest digest;
+  table.weight_grad_terms(terms.data(), x.data(), operands.count);
+  add_numbers(digest, terms);
+  table.add(x.data(), terms.data(), operands.count);
+  add_numbers(digest, x);
+  std::printf("terms of a slope's gradient, and a sum %016llx\n",
+              static_cast<unsigned long long>(digest.value()));
+}
+
+// ReLU of all integers of 8 and 16 bits, and of random ones: as it is, with a maximum, with slopes.
+void run_integers(const KernelTable& table) {
+  for (int i = 0; i < relu_xp::kDtypes - relu_xp::kInt8; ++i) {
+    const bool is_signed = i % 2 == 0;
+    const int bits = 8 << (i / 2);
+    const std::uint64_t all = ~std::uint64_t{0} >> (64 - bits);
+    const std::uint64_t largest = is_signed ? all >> 1 : all;
+    Words words;
+    for (std::uint64_t word = 0; word < 0x10000; ++word) {
+      words.push_back((bits <= 16 ? word : scrambled(word)) & all);
+    }
+    const auto itemsize = static_cast<std::size_t>(bits / 8);
+    Array x(words, itemsize);
+    for (const relu_xp::Params& params :
+         {relu_xp::Params{0, 0, 1, largest, 0, 0, 0, {}}, relu_xp::Params{5, 0, 1, 90, 0, 0, 0, {}},
+          relu_xp::Params{2, 3, 5, 100, 0, 0, 0, {}}}) {
+      Array out(words.size(), itemsize);
+      Block block{};
+      block.in[0] = x.data();
+      block.out = out.data();
+      block.count = words.size();
+      table.integer[i](params, block);
+      Digest digest;
+      for (std::size_t k = 0; k < words.size(); ++k) digest.add(out.word(k));
+      std::printf("%sint%d, maximum %llu %016llx\n", is_signed ? "" : "u", bits,
+                  static_cast<unsigned long long>(params.max_value),
+                  static_cast<unsigned long long>(digest.value()));
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -297,7 +401,14 @@ int main(int argc, char** argv) {
           run(*table, format, operation, activation, operands);
         }
       }
+      for (const Operation& operation : kSummed) {
+        if (last || operation.number < relu_xp::kPrelu) {
+          run_sums(*table, format, operation, activation, operands);
+        }
+      }
     }
+    if (format.dtype == relu_xp::kFloat64) run_doubles(*table, operands);
   }
+  run_integers(*table);
   return failed ? 1 : 0;
 }

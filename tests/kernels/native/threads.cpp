@@ -1,13 +1,15 @@
 // The thread pool under load, for the sanitizers: sixteen threads call it at once, with large and
-// small arrays, while another one changes the number of threads; then the process forks and the
-// child calls it too; at last it is shut down while calls are being made.
+// small arrays and in two rounding modes, while another one changes the number of threads;
+// meanwhile the process forks and the child calls it too; at last it is shut down while calls are
+// being made.
 //
-//   threads ROUNDS    exits with 1 where a call has left elements out
+//   threads ROUNDS FORKS    exits with 1 where a call has left elements out, or rounded wrongly
 
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cstddef>
 #include <cstdio>
@@ -37,10 +39,12 @@ std::atomic<int> calls{0};
 struct Call {
   std::vector<float> x, y;
   std::vector<unsigned char> mask;
+  int rounding;
 };
 
 void forward(void* context, std::size_t begin, std::size_t end) {
   auto& call = *static_cast<Call*>(context);
+  if (std::fegetround() != call.rounding) failed = true;  // a worker's is its caller's
   relu_xp::Params params{};
   params.positive_slope = 0x3f800000;
   params.dtype = relu_xp::kFloat32;
@@ -54,7 +58,8 @@ void forward(void* context, std::size_t begin, std::size_t end) {
 
 void check(std::size_t count, int seed) {
   Call call{std::vector<float>(count), std::vector<float>(count, -1.0f),
-            std::vector<unsigned char>((count + 7) / 8)};
+            std::vector<unsigned char>((count + 7) / 8), seed % 2 == 0 ? FE_TONEAREST : FE_UPWARD};
+  std::fesetround(call.rounding);
   for (std::size_t i = 0; i < count; ++i) {
     call.x[i] =
         static_cast<float>(static_cast<int>((i * 7 + static_cast<std::size_t>(seed)) % 13) - 6);
@@ -87,9 +92,10 @@ bool fork_and_call() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const int rounds = argc == 2 ? static_cast<int>(std::strtol(argv[1], nullptr, 10)) : 0;
+  const int rounds = argc == 3 ? static_cast<int>(std::strtol(argv[1], nullptr, 10)) : 0;
+  const int forks = argc == 3 ? static_cast<int>(std::strtol(argv[2], nullptr, 10)) : 0;
   if (rounds < 1) {
-    std::fprintf(stderr, "threads: the number of rounds must be given\n");
+    std::fprintf(stderr, "threads: the numbers of rounds and of forks must be given\n");
     return 2;
   }
   ThreadPool::set_threads(4);
@@ -103,7 +109,7 @@ int main(int argc, char** argv) {
     }
   });
   for (int i = 0; i < kCallers; ++i) callers.emplace_back(call_many_times, i, rounds);
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < forks; ++i) {
     if (!fork_and_call()) failed = true;
   }
   for (std::thread& caller : callers) caller.join();
