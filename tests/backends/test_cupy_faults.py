@@ -9,46 +9,62 @@ import numpy as np
 import pytest
 from passes import check_bits
 from ptx import Program
+from ptx_operations import PtxError
 
 import relu_xp
 from relu_xp.testing import reference
 
 cupy_host = pytest.importorskip("cupy_host", exc_type=ImportError)
 
-# What is replaced in the PTX, by what, and the dtype of a call that shows it.
+# What is replaced in the PTX, by what, the dtype of the calls, and how it shows: by the error of
+# the interpreter, or (None) by wrong bits.
 FAULTS = {
-    "a product that flushes subnormals": (r"mul\.rn\.f32", "mul.rn.ftz.f32", "float32"),
-    "a sum that flushes subnormals": (r"add\.rn\.f32", "add.rn.ftz.f32", "float32"),
+    "a product that flushes subnormals": (r"mul\.rn\.f32", "mul.rn.ftz.f32", "float32", None),
+    "a sum that flushes subnormals": (r"add\.rn\.f32", "add.rn.ftz.f32", "float32", None),
     "a comparison that flushes subnormals": (
         r"setp\.lt\.s32(\s+%p\d+, %r\d+), -8388607",
-        r"setp.lt.ftz.f32\1, 0f00000000",
+        r"setp.le.ftz.f32\1, 0f00000000",  # without ftz it is as good
         "float32",
+        None,
     ),
-    "a conversion that flushes subnormals": (r"cvt\.f64\.f32", "cvt.ftz.f64.f32", "float64"),
-    "a truncated bfloat16": (r"cvt\.rn\.bf16", "cvt.rz.bf16", "bfloat16"),
-    "a truncated float16": (r"cvt\.rn\.f16", "cvt.rz.f16", "float16"),
-    "a truncated product": (r"mul\.rn\.f32", "mul.rz.f32", "float32"),
-    "a number rounded twice": (r"cvt\.rz\.f32\.f64", "cvt.rn.f32.f64", "float16"),
+    "a conversion that flushes subnormals": (r"cvt\.f64\.f32", "cvt.ftz.f64.f32", "float64", None),
+    "a truncated bfloat16": (r"cvt\.rn\.bf16", "cvt.rz.bf16", "bfloat16", None),
+    "a truncated float16": (r"cvt\.rn\.f16", "cvt.rz.f16", "float16", None),
+    "a truncated product": (r"mul\.rn\.f32", "mul.rz.f32", "float32", None),
+    "a number rounded twice": (r"cvt\.rz\.f32\.f64", "cvt.rn.f32.f64", "float16", None),
     "a vote that names an absent thread": (
         r"(vote\.sync\.ballot\.b32\s+%r\d+, %p\d+), %r\d+",
         r"\1, -1",
         "float32",
+        "names a thread that does not arrive: vote",
     ),
     "a shuffle that names an absent thread": (
-        r"(shfl\.sync\.down\.b32\s.*), (%r\d+|-1);",
-        r"\1, 1;",
+        r"(shfl\.sync\.down\.b32\s.*), %r\d+;",
+        r"\1, -1;",
         "float32",
+        "names a thread that does not arrive: shfl",
     ),
-    "another lane": (r"(shfl\.sync\.down\.b32\s.*, %r\d+), %r\d+,", r"\1, 3,", "float32"),
+    "another lane": (r"(shfl\.sync\.down\.b32\s[^,]*, %r\d+), %r\d+,", r"\1, 3,", "float32", None),
     "another branch": (
         r"setp\.lt\.s32(\s+%p\d+, %r\d+), -8388607",
         r"setp.le.s32\1, -8388607",
         "float32",
+        None,
     ),
-    "another offset, out of bounds": (r"\+512\]", "+4096]", "float32"),
-    "another offset, misaligned": (r"\+512\]", "+520]", "float32"),
-    "two writers": (r"(st\.global\.v4\.u32\s+\[%rd\d+)\+512\]", r"\1]", "float32"),
-    "a register that is not written": (r"mov\.u32\s+%r\d+, %tid\.x;", "", "float32"),
+    "another offset, out of bounds": (r"\+512\]", "+4096]", "float32", "outside of the arrays"),
+    "another offset, misaligned": (r"\+512\]", "+520]", "float32", "not aligned to 16 bytes"),
+    "two writers": (
+        r"(st\.global\.v4\.u32\s+\[%rd\d+)\+512\]",
+        r"\1+16]",
+        "float32",
+        "two threads touch what one of them writes: st",
+    ),
+    "a register that is not written": (
+        r"mov\.u32\s+%r\d+, %tid\.x;",
+        "",
+        "float32",
+        "is not written yet",
+    ),
 }
 
 
@@ -61,13 +77,16 @@ def results(array, dtype):
     # 1 + 2**-11 is halfway between two numbers of float16; 1e-40 is subnormal in float32.
     slopes = {"float16": np.float64(1 + 2.0**-11 - 2.0**-40), "float64": np.float32(1e-40)}
     weight = array(np.full(1, slopes.get(dtype, 0.3)))
-    bias = array(rng.choice(reference.specials(dtype), 312).view(form.dtype))
+    biases = rng.choice(reference.specials(dtype), 317).view(form.dtype)
+    bias, bias_of_rows = array(biases[5:].copy()), array(biases[:5].copy())
     y, pullback = relu_xp.relu_vjp(x)
     summed, summed_pullback = relu_xp.bias_relu_vjp(x, bias)
     leaky = relu_xp.leaky_relu(x, 0.3)
     learned = relu_xp.prelu(x, weight)
-    dx, dbias = summed_pullback(array(np.ones((5, 312), form.dtype)))
-    return [y, pullback._residuals.data, pullback(dy), summed, leaky, learned, dx, dbias]
+    ones = array(np.ones((5, 312), form.dtype))
+    _, rows_pullback = relu_xp.bias_relu_vjp(x, bias_of_rows, axis=0)
+    gradients = *summed_pullback(ones), *rows_pullback(ones)
+    return [y, pullback._residuals.data, pullback(dy), summed, leaky, learned, *gradients]
 
 
 def check(dtype):
@@ -80,7 +99,7 @@ def check(dtype):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found(launches, fault):
-    pattern, replacement, dtype = FAULTS[fault]
+    pattern, replacement, dtype, message = FAULTS[fault]
     changed = []
 
     def compiled(code, architecture):
@@ -90,6 +109,10 @@ def test_a_fault_is_found(launches, fault):
         return Program(faulty)
 
     check(dtype)
-    with mock.patch.object(cupy_host, "compiled", compiled), pytest.raises(AssertionError):
+    with (
+        mock.patch.object(cupy_host, "compiled", compiled),
+        pytest.raises(PtxError if message else AssertionError, match=message) as raised,
+    ):
         check(dtype)
     assert any(changed)
+    assert isinstance(raised.value, PtxError) == (message is not None)
