@@ -21,7 +21,6 @@ _NAN = {"f16": 0x7FFF, "bf16": 0x7FFF, "f32": 0x7FFFFFFF, "f64": 0x7FFFFFFFFFFFF
 _COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 _LOGIC = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert}
 _FLOATS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
-_FLOATS |= {"min": np.fmin, "max": np.fmax}  # the operand that is no NaN
 _FLOATS |= {"abs": np.abs, "neg": np.negative}
 _INTEGERS = {"add": np.add, "sub": np.subtract, "neg": np.negative}
 _INTEGERS |= {"min": np.minimum, "max": np.maximum}
@@ -59,9 +58,12 @@ def operation(words):
         modifiers.remove("ftz")
         result, operands, function = operation([name, *modifiers, kind])
         return result, operands, _flushing(function)
+    if "bf16" in words and name != "cvt":
+        raise KeyError("bf16")
     is_float, result, operands = kind[0] == "f", kind, [kind, kind]
     if name in ("add", "sub", "mul") and is_float:
-        (mode,) = modifiers or ["rn"]
+        # A product without a rounding may be fused with a sum, and is then rounded otherwise.
+        (mode,) = modifiers if name == "mul" else modifiers or ["rn"]
         function = _arithmetic(_FLOATS[name], kind, mode)
     elif name == "mul":
         (half,) = modifiers

@@ -210,7 +210,7 @@ def check_words(form, got, wanted):
 
 
 @pytest.mark.parametrize(
-    "words", ["mul.rn.f32", "mul.f64", "add.rn.f32", "add.f64", "mul.rn.f64", "add.f32"]
+    "words", ["mul.rn.f32", "mul.rn.f64", "add.rn.f32", "add.rn.f64", "add.f32", "add.f64"]
 )
 def test_products_and_sums(words):
     name, *_, kind = words.split(".")
@@ -379,7 +379,8 @@ def test_comparisons_with_nan(comparison):
     "words",
     ["add.rz.f64", "mul.s32", "cvt.f32.f64", "cvt.rn.f64.f32", "cvt.rn.f32.s32", "mul.hi.u32",
      "setp.f32", "setp.equ.s32", "mov.sat.f32", "fma.rn.f32", "cvt.rm.bf16.f32", "add.ftz.f64",
-     "abs.rn.f32", "rcp.approx.ftz.f32", "cvta.to.shared.u64", "max.NaN.f32", "neg.sat.f32"],
+     "abs.rn.f32", "rcp.approx.ftz.f32", "cvta.to.shared.u64", "max.f32", "neg.sat.f32",
+     "mul.f32", "mul.ftz.f32", "mul.f64", "add.bf16", "neg.bf16", "setp.lt.bf16"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused(words):
     with pytest.raises((KeyError, ValueError)):
