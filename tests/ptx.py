@@ -204,7 +204,8 @@ class Program:
         ----------
         parameters : list of bytes
         threads : int
-            Those that are needed; whole blocks are started, as CuPy does.
+            Those that are needed. Whole blocks are started; CuPy starts no more than are needed if
+            that is less than a block.
         readable, writable : list of (int, int)
             First and last address (exclusive) of the arrays that may be read, and written too.
 
@@ -381,7 +382,7 @@ class _Batch:
             self.fail(f"not aligned to {width} bytes", instruction)
         inside = np.zeros(addresses.shape, bool)
         for first, last in self.ranges[instruction.kind]:
-            inside |= (addresses >= first) & (addresses + np.uint64(width) <= last)
+            inside |= (addresses >= first) & (addresses <= last - width)  # a sum may wrap around
         if not inside.all():
             self.fail(f"a {instruction.kind} outside of the arrays", instruction)
         access = instruction.text, instruction.kind == "store", addresses

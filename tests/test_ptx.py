@@ -115,6 +115,10 @@ FAULTS = {
     "misaligned vector": ("ld.global.v2.u32 {%r2, %r3}, [%rd4];", "not aligned to 8 bytes"),
     "behind the array": ("ld.global.u32 %r2, [%rd4+4];", "a load outside of the arrays"),
     "before the array": ("ld.global.u32 %r2, [%rd4+-4];", "a load outside of the arrays"),
+    "at the end of memory": (
+        "mov.b64 %rd6, -4; ld.global.u32 %r2, [%rd6];",
+        "a load outside of the arrays",
+    ),
     "behind the output": ("st.global.u32 [%rd5+4], %r1;", "a store outside of the arrays"),
     "to an input": ("st.global.u32 [%rd4], %r1;", "a store outside of the arrays"),
     "not written": ("st.global.u32 [%rd5], %r9;", "not implemented"),  # nor declared
