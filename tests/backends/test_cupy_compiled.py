@@ -118,6 +118,20 @@ def test_every_kernel_compiles(name, t, architecture):
     check_compiles(sources(name, t, FORMS if architecture == 90 else forms).values(), architecture)
 
 
+@pytest.mark.parametrize("t", [t for t in FLOATING if t != "bfloat16"])
+def test_the_code_for_sm_75_is_that_for_sm_90(t):
+    """But for bfloat16: what the other tests execute for sm_90 need not be executed for sm_75."""
+    codes = []
+    for name in (*kernels.PASSES, *kernels.VARIANTS):
+        found = sources(name, t, ("flat", "strided")).items()
+        found = [code for (_, *dtypes), code in found if "bfloat16" not in dtypes]
+        codes += found[0], found[-1]
+    merged = cupy_host.merge(codes, kernels._PREAMBLE)
+    old, new = (cupy_host.compile_for(merged, one, ptx=True).split(".entry ") for one in (75, 90))
+    assert old[1:] == new[1:]
+    assert len(old) == len(codes) + 1
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_integer_kernels_compile(architecture):
     integers = filter(is_integer, DTYPES)
