@@ -1,6 +1,7 @@
 """All 2**32 patterns of float32, forward, gradient and vjp: ``pytest -m exhaustive``.
 
-Every pattern is x once, and dy once. The other tests show that this would find an error.
+Every pattern is x once, and dy once; of the PTX of CuPy's kernels it is a sixteenth (blocks.sweep).
+The other tests show that this would find an error.
 """
 
 from __future__ import annotations
