@@ -351,8 +351,8 @@ class _Batch:
         if taken.all() or not taken.any():
             return [(target if taken.all() else position + 1, lanes)]
         indices = np.arange(self.count)[lanes]
-        ways = (target, indices[taken]), (position + 1, indices[~taken])
-        return [(where, self._lanes(those)) for where, those in ways]
+        others = self._lanes(indices[~taken])
+        return [(target, self._lanes(indices[taken])), (position + 1, others)]
 
     def _compute(self, instruction, lanes, *values):
         results = instruction.detail(*values)

@@ -309,7 +309,7 @@ def signed(x, bits):
     return x - (1 << bits) if x >> (bits - 1) else x
 
 
-WHOLE = {
+INTEGER_OPERATIONS = {
     "add.s32": lambda a, b: a + b,
     "sub.s64": lambda a, b: a - b,
     "mul.lo.s32": lambda a, b: a * b,
@@ -341,8 +341,8 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_numbers(name):
+@pytest.mark.parametrize("name", INTEGER_OPERATIONS)
+def test_operations_on_integers(name):
     result, types, function = operation(name.split("."))
     more = {"mad.lo.s32": [5], "bfi.b32": [3, 7], "bfi.b64": [32, 32]}.get(name, [])
     count = len(types) - len(more)
@@ -359,7 +359,7 @@ def test_whole_numbers(name):
     given = [array(column, kind) for column, kind in zip(columns, types, strict=False)]
     given += [array([n] * len(pairs), k) for n, k in zip(more, types[count:], strict=True)]
     got = np.asarray(function(*given))
-    wanted = [WHOLE[name](*pair[:count]) for pair in pairs]
+    wanted = [INTEGER_OPERATIONS[name](*pair[:count]) for pair in pairs]
     if result == "pred":
         assert got.tolist() == wanted
     else:
