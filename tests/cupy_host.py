@@ -146,7 +146,9 @@ def to_numpy(x):
 class HostKernel:
     """An ElementwiseKernel's stand-in that executes its PTX on the CPU.
 
-    It takes what CuPy takes (arrays over host memory), and decides types and layouts as CuPy does.
+    It takes what CuPy takes (arrays over host memory), and decides types and layouts as CuPy does;
+    but of arrays with three axes or more that are not C-contiguous CuPy first merges what axes it
+    can, so that a device gets code for fewer of them.
     """
 
     def __init__(self, kernel):
