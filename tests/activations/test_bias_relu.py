@@ -88,7 +88,9 @@ def test_the_bias_goes_along_an_axis(xp, shape, axis, case):
         np.testing.assert_array_equal(xp.numpy(layer.grads[0]), expected.sum(others))
 
 
-@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy"])
+@pytest.mark.libraries(
+    names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy_host_120", "cupy"]
+)
 def test_a_bias_and_its_gradient_are_rounded_once(xp, dtype):
     """From float64 to 16 bits, not to float32 between, which would be a tie."""
     form = reference.Format(dtype)
@@ -131,7 +133,15 @@ def test_nan_and_infinity_are_silent(xp, dtype):
 
 
 @pytest.mark.libraries(
-    names=["numpy", "compiled", "compiled_streaming", "cupy_host", "cupy_host_75", "cupy"]
+    names=[
+        "numpy",
+        "compiled",
+        "compiled_streaming",
+        "cupy_host",
+        "cupy_host_75",
+        "cupy_host_120",
+        "cupy",
+    ]
 )
 def test_a_nan_keeps_its_payload(xp, dtype):
     """Of x, else of the bias; quiet in either case."""

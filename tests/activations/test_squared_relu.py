@@ -32,7 +32,9 @@ def test_the_gradient_is_multiplied_in_the_wider_dtype():
         assert pullback(dy).dtype == dy.dtype
 
 
-@pytest.mark.libraries(names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy"])
+@pytest.mark.libraries(
+    names=["numpy", "compiled", "dask", "cupy_host", "cupy_host_75", "cupy_host_120", "cupy"]
+)
 def test_float64_is_rounded_once_to_16_bits(xp, dtype):
     """The gradient, and PReLU's weight: not to float32 between, which would be a tie."""
     half = {"float16": 2.0**-11, "bfloat16": 2.0**-8}.get(dtype)

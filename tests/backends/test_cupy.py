@@ -18,7 +18,7 @@ cupy = pytest.importorskip("cupy")
 
 DTYPES = reference.DTYPES
 MASKS = {"bits": {}, "bytes": {"negative_slope": 0.5, "max_value": 3.0}}
-each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy"])
+each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy_host_120", "cupy"])
 each_mask = pytest.mark.parametrize("params", MASKS.values(), ids=MASKS)
 
 # Products, and parameters that a dtype rounds to 0, to infinity or to a subnormal. Where infinity

@@ -17,7 +17,7 @@ cupy = pytest.importorskip("cupy")
 
 DTYPES = reference.DTYPES
 MASKS = {"bits": {}, "bytes": {"negative_slope": 0.5, "max_value": 3.0}}
-each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy"])
+each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy_host_120", "cupy"])
 
 
 def along(bias, x, axis):
