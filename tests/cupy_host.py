@@ -208,8 +208,8 @@ def ptx_of(code, architecture):
     folder = Path(tempfile.gettempdir(), f"relu-xp-ptx-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     assert folder.stat().st_uid == os.getuid(), folder
-    versions = cupy.__version__, nvrtc.getVersion(), architecture
-    digest = hashlib.sha256(f"{versions}\n{code}".encode()).hexdigest()[:24]
+    given = cupy.__version__, nvrtc.getVersion(), core.assemble_cupy_compiler_options(())
+    digest = hashlib.sha256(f"{given}\n{architecture}\n{code}".encode()).hexdigest()[:24]
     file = folder / f"{digest}.ptx"
     if not file.exists():
         text = compile_for(code, architecture, ptx=True)

@@ -85,8 +85,8 @@ __device__ T number_of(Word<T> word) {
   return bit_cast<T>(static_cast<Unsigned<sizeof(T)>>(word >> 8 * (sizeof(Word<T>) - sizeof(T))));
 }
 
-// For sm_100 and later NVRTC makes neg.ftz.f32 of an exclusive or with the sign, which flushes
-// subnormals and NaN's payload, and neg.f64: negation is inline PTX, which is left alone.
+// For sm_100 and later NVRTC turns an exclusive or with the sign into neg.ftz.f32, which flushes
+// subnormals and loses NaN's payload, or into neg.f64. Inline PTX is left alone.
 template <>
 struct Float<float> : Format<unsigned int, int, 32, 8> {
   __device__ static Word negate(Word x) {
