@@ -32,19 +32,19 @@ def launch(name, dtype):
     axis = 0 if name.endswith("runs") else 1
     bias = ones(SHAPE[0] + 1, dtype)
     bias = bias[1:] if name.endswith("any") else bias[:-1]
-    params = PARAMETERS["bytes" if "bytes" in name else "bits"]
-    function = {"forward": relu_xp.relu, "gradient": relu_xp.relu_grad}.get(name)
+    params = PARAMETERS["bytes" if "_bytes" in name else "bits"]
+    has_mask, has_bias = "_bits" in name or "_bytes" in name, name.startswith("bias_")
     cupy_host.traces.clear()
-    if function:
-        function(x)
+    if has_mask and has_bias:
+        _, pullback = relu_xp.bias_relu_vjp(x, bias, axis=axis, **params)
+    elif has_mask:
+        _, pullback = relu_xp.relu_vjp(x, **params)
+    elif has_bias:
+        relu_xp.bias_relu(x, bias, axis=axis)
     elif name == "backward_from_input":
         relu_xp.relu_backward(dy, x)
-    elif name.startswith("bias") and "_b" not in name.removeprefix("bias"):
-        relu_xp.bias_relu(x, bias, axis=axis)
-    elif name.startswith("bias"):
-        pullback = relu_xp.bias_relu_vjp(x, bias, axis=axis, **params)[1]
     else:
-        pullback = relu_xp.relu_vjp(x, **params)[1]
+        {"forward": relu_xp.relu, "gradient": relu_xp.relu_grad}[name](x)
     if "backward_b" in name:
         cupy_host.traces.clear()
         pullback(dy)
