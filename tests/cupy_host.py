@@ -17,6 +17,7 @@ import contextlib
 import copyreg
 import functools
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -36,6 +37,7 @@ from relu_xp.backends.overlap import address_view
 _ARRAY, _INDEXER, _SCALAR = 1, 2, 3  # CuPy's _ArgKind
 
 architecture = 90  # whose PTX is executed
+first_block = lambda threads: 0  # noqa: E731  # of a launch; those before it are not executed
 launches = []  # of each HostKernel: its name, and (ndim, c_contiguous) of the arrays
 traces = collections.deque(maxlen=2)  # of the latest ones: kernel, arguments, list of Access
 
@@ -44,17 +46,21 @@ def source(kernel, types, layouts, small=True):
     """Return what CuPy generates for an ElementwiseKernel, and the dtypes of its arguments.
 
     `types` are the dtypes of the arguments, None for a scalar; `layouts` the (ndim, c_contiguous)
-    of array arguments, and last that of the index, which has 32 bits if it is `small`.
+    of array arguments, and last that of the index. `small` is whether indices have 32 bits: of all
+    of these together, or of each.
     """
+    small = small if isinstance(small, list) else [small] * len(layouts)
     types = [None if t is None else np.dtype(t) for t in types]
     resolved = kernel._decide_params_type(tuple(types[: kernel.nin]), tuple(types[kernel.nin :]))
     infos = [
         _kernel._ArgInfo(_SCALAR, type(None), np.dtype(dtype), 0, True, True)
         if given is None
-        else _kernel._ArgInfo(_ARRAY, cupy.ndarray, np.dtype(dtype), *layout, small)
-        for given, dtype, layout in zip(types, resolved[0] + resolved[1], layouts[:-1], strict=True)
+        else _kernel._ArgInfo(_ARRAY, cupy.ndarray, np.dtype(dtype), *layout, its_small)
+        for given, dtype, layout, its_small in zip(
+            types, resolved[0] + resolved[1], layouts[:-1], small[:-1], strict=True
+        )
     ]
-    infos.append(_kernel._ArgInfo(_INDEXER, type(None), None, layouts[-1][0], True, small))
+    infos.append(_kernel._ArgInfo(_INDEXER, type(None), None, layouts[-1][0], True, small[-1]))
     code = _kernel._get_elementwise_kernel_code(
         tuple(infos), resolved[2], kernel.params, kernel.operation, kernel.name, kernel.preamble
     )
@@ -174,7 +180,10 @@ class HostKernel:
             (views[i].ndim, views[i].flags.c_contiguous) if i in views else None for i in count
         ]
         types = [views[i].dtype if i in views else None for i in count]
-        code, dtypes = source(kernel, types, [*layouts, (len(shape), True)])
+        threads = math.prod(shape)
+        small = [i not in views or views[i]._index_32_bits for i in count]
+        small.append(threads <= 1 << 31)
+        code, dtypes = source(kernel, types, [*layouts, (len(shape), True)], small)
         launches.append((kernel.name, [layout for layout in layouts if layout]))
         if 0 in shape:
             return
@@ -184,7 +193,7 @@ class HostKernel:
             else np.array(arguments[i], dtypes[i])
             for i in count
         ]
-        values.append(np.array([np.prod(shape, dtype=int), *shape, *([0] * len(shape))], np.int64))
+        values.append(np.array([threads, *shape, *([0] * len(shape))], np.int64))
         inputs, outputs = [], []
         for i, view in views.items():
             if view.size:
@@ -193,7 +202,7 @@ class HostKernel:
                 (inputs if i < kernel.nin else outputs).append(extent)
         values = [value.tobytes() for value in values]
         program = compiled(code, architecture)
-        accesses = program.run(values, int(np.prod(shape)), inputs, outputs)
+        accesses = program.run(values, threads, inputs, outputs, first_block(threads))
         traces.append((kernel, arguments, accesses))
 
 

@@ -197,7 +197,7 @@ class Program:
             found.append((dtype, source))
         return found
 
-    def run(self, parameters, threads, readable, writable):
+    def run(self, parameters, threads, readable, writable, first=0):
         """Execute the kernel, and return what it did to memory.
 
         Parameters
@@ -208,6 +208,8 @@ class Program:
             that is less than a block.
         readable, writable : list of (int, int)
             First and last address (exclusive) of the arrays that may be read, and written too.
+        first : int, optional
+            The block to begin with: those before it are not executed.
 
         Returns
         -------
@@ -221,9 +223,9 @@ class Program:
         blocks = -(-threads // BLOCK)
         accesses = []
         with np.errstate(all="ignore"):
-            for first in range(0, blocks * BLOCK, _BATCH):
-                count = min(_BATCH, blocks * BLOCK - first)
-                batch = _Batch(self, parameters, first, count, blocks)
+            for start in range(first * BLOCK, blocks * BLOCK, _BATCH):
+                count = min(_BATCH, blocks * BLOCK - start)
+                batch = _Batch(self, parameters, start, count, blocks)
                 batch.ranges = {"load": readable + writable, "store": writable}
                 batch.run()
                 accesses += batch.accesses
@@ -252,8 +254,9 @@ class _Batch:
         self.program, self.parameters, self.count = program, parameters, count
         self.ranges: dict[str, list[tuple[int, int]]] = {}
         self.accesses = []
-        self.threads = np.arange(first, first + count, dtype=np.uint32)
-        self.values = {"%tid.x": self.threads % BLOCK, "%ctaid.x": self.threads // BLOCK}
+        self.threads = np.arange(first, first + count)
+        ctaid, tid = np.divmod(self.threads, BLOCK)
+        self.values = {"%tid.x": tid.astype(np.uint32), "%ctaid.x": ctaid.astype(np.uint32)}
         for name, number in (("%ntid.x", BLOCK), ("%nctaid.x", blocks)):
             self.values[name] = np.full(count, number, np.uint32)
         self.written: dict[str, Any] = dict.fromkeys(self.values, True)  # True, or by thread
@@ -297,6 +300,8 @@ class _Batch:
         """Run instructions up to a branch, a label or the end; return who goes on, and where."""
         code, position = self.program.code, start
         while True:
+            if position == len(code):
+                self.fail("no instruction follows", code[-1])
             instruction = code[position]
             if instruction.kind == "exit":
                 return []
@@ -360,6 +365,8 @@ class _Batch:
 
     def _parameter(self, instruction, lanes):
         number, offset, dtype = instruction.detail
+        if offset + dtype.itemsize > len(self.parameters[number]):
+            self.fail("beyond the end of the parameter", instruction)
         return [np.frombuffer(self.parameters[number], dtype, 1, offset).reshape(())]
 
     def _load(self, instruction, lanes, start):
@@ -428,14 +435,19 @@ def _check_races(name, accesses, writable):
             inside = (first <= access.addresses) & (access.addresses < last)
             if inside.any():
                 here.append(access if inside.all() else access.only(inside))
-        unit = min([access.width for access in here], default=1)  # bytes: no access is narrower
-        writers = np.full((last - first) // unit + 2, -1)
-        for access in here:
-            for index in access.units(first, unit) if access.is_store else ():
+        if not here:
+            continue
+        unit = min(access.width for access in here)  # bytes: no access is narrower
+        places = [access.units(first, unit) for access in here]
+        if (last - first) // unit > 1 << 26:  # too much memory: only what is touched is numbered
+            touched = np.unique(np.concatenate([one for units in places for one in units]))
+            places = [[np.searchsorted(touched, one) for one in units] for units in places]
+        writers = np.full(max(int(one.max()) for units in places for one in units) + 1, -1)
+        for access, units in zip(here, places, strict=True):
+            for index in units if access.is_store else ():
                 writers[index] = access.threads
-        for access in here:
-            for index in access.units(first, unit):
-                found = writers[index]
+        for access, units in zip(here, places, strict=True):
+            for found in (writers[index] for index in units):
                 if np.any((found != access.threads) & (found != -1)):
                     what = "two threads touch what one of them writes"
                     raise PtxError(f"{name}: {what}: {access.text}")

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 import pytest
-from passes import check_bits, fenced
+from passes import bias_results, check_bits, fenced
 
 import relu_xp
 from relu_xp.testing import reference
@@ -17,42 +17,14 @@ cupy = pytest.importorskip("cupy")
 
 DTYPES = reference.DTYPES
 MASKS = {"bits": {}, "bytes": {"negative_slope": 0.5, "max_value": 3.0}}
+ALL_PARAMS = [reference.PRESETS[n] for n in ("relu", "forum", "clipped-leaky", "everything")]
+SMALL = [((27, 48), 1), ((7, 5, 79), 1), ((37, 33), 1), ((145, 3, 3), 1)]
 each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy_host_120", "cupy"])
-
-
-def along(bias, x, axis):
-    """Return the bias in the shape of x."""
-    return np.broadcast_to(bias.reshape((-1,) + (1,) * (x.ndim - 1 - axis)), x.shape)
-
-
-@np.errstate(all="ignore")  # ml_dtypes warns of NaN
-def sum_of(x, bias, axis):
-    """Return x + bias, rounded once, and where its NaN is that of neither."""
-    form = reference.Format(x.dtype.name)
-    bias = along(bias, x, axis)
-    total = np.ascontiguousarray(x + bias)
-    words = total.view(form.unsigned)
-    quiet = form.unsigned.type(1 << (form.fraction - 1))
-    for operand in (bias, x):
-        nan = np.ascontiguousarray(operand).view(form.unsigned)
-        if x.dtype.name == "bfloat16":  # of which ml_dtypes keeps the sign
-            nan = nan & form.unsigned.type(form.sign) | form.unsigned.type(form.infinity)
-        words[...] = np.where(np.isnan(operand), nan | quiet, words)
-    return total, np.isnan(total) & ~np.isnan(x) & ~np.isnan(bias)
-
-
-def wanted_of(x, bias, dy, axis, params, mask=None):
-    """Return y, the bytes of the mask, and dx, as NumPy has them; and where y is any NaN."""
-    total, free = sum_of(x, bias, axis)
-    mask = np.zeros(x.size if params else -(-x.size // 8), np.uint8)
-    with np.errstate(all="ignore"):
-        y, pullback = relu_xp.relu_vjp(total, mask=mask, **params)
-        return y, mask, pullback(dy), free
 
 
 def check(xp, x, bias, dy, axis, params, arrays=None):
     """Compare all results with NumPy's; return dbias. Arrays are copies of x, bias and dy."""
-    y, mask, dx, free = wanted_of(x, bias, dy, axis, params)
+    y, mask, dx, free = bias_results(x, bias, dy, axis, params)
     its_x, its_bias, its_dy = arrays or map(xp.array, (x, bias, dy))
     its_y, pullback = relu_xp.bias_relu_vjp(its_x, its_bias, axis=axis, **params)
     plain = relu_xp.bias_relu(its_x, its_bias, axis=axis, **params)
@@ -63,6 +35,11 @@ def check(xp, x, bias, dy, axis, params, arrays=None):
         check_bits(xp.numpy(pullback._residuals.data), mask, (x.shape, axis))
     got, dbias = map(xp.numpy, pullback(its_dy))
     check_bits(np.ascontiguousarray(got), np.ascontiguousarray(dx), (x.shape, axis))
+    others = tuple(i for i in range(x.ndim) if i != axis)
+    with np.errstate(all="ignore"):
+        right, scale = (one.astype(np.float64).sum(others) for one in (dx, abs(dx)))
+        limit = 1e-14 * scale + np.spacing(abs(right).astype(dbias.dtype)).astype(np.float64)
+        assert not np.any(np.abs(dbias.astype(np.float64) - right) > limit), (x.shape, axis)
     return dbias
 
 
@@ -98,6 +75,27 @@ def test_subnormals_are_added(xp, dtype):
         assert xp.numpy(y).view(form.unsigned).tolist() == [[2, 4, 6, 0] * 8] * 2
 
 
+@pytest.mark.slow
+@each_cupy
+@pytest.mark.parametrize("params", ALL_PARAMS, ids=str)
+@pytest.mark.parametrize(("shape", "axis"), SMALL, ids=str)
+def test_small_arrays(xp, dtype, shape, axis, params):
+    """Rows, runs and neither, dense and strided; many subnormals, and sums that are finite."""
+    form, rng = reference.Format(dtype), np.random.default_rng(7)
+    tiny = rng.integers(0, 1 << form.fraction, 100).astype(form.unsigned)
+    few = np.append(rng.uniform(-4, 4, 100), [0.0] * 20).astype(form.dtype).view(form.unsigned)
+    tiny = np.append(tiny, tiny ^ form.unsigned.type(form.sign))
+    pool = np.concatenate([reference.specials(dtype), tiny, few])
+    x = rng.choice(pool, shape).view(form.dtype)
+    bias = rng.choice(pool, shape[axis]).view(form.dtype)
+    dy = rng.integers(-9, 10, shape).astype(form.dtype)
+    check(xp, x, bias, dy, axis, params)
+    dy *= np.ones(1, form.unsigned).view(form.dtype)  # subnormals
+    check(xp, x, bias, dy, axis, params)
+    wide = np.repeat(np.stack([x, dy]), 2, -1)[..., ::2]
+    check(xp, x, bias, dy, axis, params, [xp.array(host) for host in (wide[0], bias, wide[1])])
+
+
 # Rows, runs and neither; tiles and what is left over; one channel; no elements.
 SHAPES_OF_AXIS_0 = [(130,), (7, 9), (1, 1), (8, 0)]
 SHAPES_OF_AXIS_1 = [(2, 8), (37, 96), (37, 33), (3, 5, 71), (5, 3, 24), (3, 5, 8), (9, 3, 2)]
@@ -122,7 +120,7 @@ def test_shapes_and_misaligned_views(xp, dtype, mask):
         x = rng.choice(specials, shape).view(DTYPES[dtype])
         bias = rng.choice(specials, shape[axis]).view(DTYPES[dtype])
         dy = rng.standard_normal(shape).astype(DTYPES[dtype])
-        y, packed, dx, free = wanted_of(x, bias, dy, axis, params)
+        y, packed, dx, free = bias_results(x, bias, dy, axis, params)
         first = None
         for starts in STARTS:
             hosts = (x, bias, dy, np.zeros_like(x), np.zeros_like(dy), np.zeros_like(packed))
@@ -212,6 +210,17 @@ def test_sums_are_of_float64_and_rounded_once(xp, dtype):
     scale = np.finfo(np.float64).eps * np.abs(dy.astype(np.float64)).sum(0)
     rounding = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24, "float64": 0}[dtype]
     assert (np.abs(dbias.astype(np.float64) - right) <= 8 * scale + rounding * abs(right)).all()
+
+
+@each_cupy
+def test_a_total_is_rounded_once(xp, dtype):
+    """Halfway between two numbers and beside it: not to float32 first."""
+    half = 2.0 ** -(reference.Format(dtype).fraction + 1)
+    dy = np.ones((2, 3))
+    dy[1] = half * np.array([1 - 2.0**-20, 1, 1 + 2.0**-20])
+    bias = xp.array(np.zeros(3, DTYPES[dtype]))
+    pullback = relu_xp.bias_relu_vjp(xp.array(np.ones((2, 3))), bias)[1]
+    assert xp.numpy(pullback(xp.array(dy))[1]).tolist() == [1, 1, 1 + 2 * half]
 
 
 @each_cupy

@@ -32,6 +32,7 @@ FAULTS = {
     "a truncated float16": (r"cvt\.rn\.f16", "cvt.rz.f16", "float16", None),
     "a truncated product": (r"mul\.rn\.f32", "mul.rz.f32", "float32", None),
     "a number rounded twice": (r"cvt\.rz\.f32\.f64", "cvt.rn.f32.f64", "float16", None),
+    "a bfloat16 rounded twice": (r"cvt\.rz\.f32\.f64", "cvt.rn.f32.f64", "bfloat16", None),
     "a vote that names an absent thread": (
         r"(vote\.sync\.ballot\.b32\s+%r\d+, %p\d+), %r\d+",
         r"\1, -1",
@@ -76,6 +77,7 @@ def results(array, dtype):
     x, dy = array(words.view(form.dtype)), array(words[::-1].copy().view(form.dtype))
     # 1 + 2**-11 is halfway between two numbers of float16; 1e-40 is subnormal in float32.
     slopes = {"float16": np.float64(1 + 2.0**-11 - 2.0**-40), "float64": np.float32(1e-40)}
+    slopes["bfloat16"] = np.float64(1 + 2.0**-8 - 2.0**-40)
     weight = array(np.full(1, slopes.get(dtype, 0.3)))
     biases = rng.choice(reference.specials(dtype), 317).view(form.dtype)
     bias, bias_of_rows = array(biases[5:].copy()), array(biases[:5].copy())
