@@ -21,7 +21,7 @@ DTYPES = reference.DTYPES
 SHAPES = [(41, 16), (33, 37)]
 WEIGHT_SHAPES = [(1, 1, 1), (1, 5, 1), (1, 1, 16), (48, 5, 1)]
 PRESETS = [reference.PRESETS[name] for name in ("relu", "forum", "clipped-leaky", "everything")]
-each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy"])
+each_cupy = pytest.mark.libraries(names=["cupy_host", "cupy_host_75", "cupy_host_120", "cupy"])
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
