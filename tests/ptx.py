@@ -29,7 +29,7 @@ _SPECIAL = ("%tid.x", "%ntid.x", "%ctaid.x", "%nctaid.x")
 
 _STATEMENT = re.compile(
     r"""\s*(?: (?P<label>\$\w+): | [{}] | \.pragma\s[^;]*;
-    | \.reg\s+\.(?P<type>\w+)\s+(?P<prefix>%[a-z]+)<(?P<count>\d+)>\s*;
+    | \.reg\s+\.(?P<type>\w+)\s+(?P<register>%?[a-z]+)(?:<(?P<count>\d+)>)?\s*;
     | (?:@(?P<sense>!?)(?P<predicate>%\w+)\s+)? (?P<opcode>[a-z][\w.]*)\s*(?P<operands>[^;]*);)""",
     re.VERBOSE,
 )
@@ -107,10 +107,13 @@ class Program:
             if statement["label"]:
                 self.labels[statement["label"]] = len(self.code)
             elif statement["type"]:
-                for number in range(int(statement["count"])):
-                    dtype = TYPES[statement["type"]]
+                dtype, name = TYPES[statement["type"]], statement["register"]
+                if statement["count"]:
                     dtype = dtype if dtype == BOOL else UNSIGNED[dtype.itemsize]
-                    self.registers[f"{statement['prefix']}{number}"] = dtype
+                    every = range(int(statement["count"]))
+                    self.registers |= {f"{name}{number}": dtype for number in every}
+                else:  # of a block of inline PTX; another one may give the name another type
+                    self.registers[name] = UNSIGNED[8]
             elif statement["opcode"]:
                 try:
                     self.code.append(self._decode(statement))
@@ -183,17 +186,16 @@ class Program:
         found = []
         for text, kind in zip(texts, kinds, strict=True):
             dtype, source = TYPES[kind], text
-            if form := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
-                source = np.array(int(form[1], 16), UNSIGNED[dtype.itemsize]).view(dtype)
-            elif dtype == BOOL and text[0] != "%":
-                source = np.array(int(text) != 0)
-            elif text[0] not in "%_":
-                word = int(text, 0) % (1 << 8 * dtype.itemsize)
-                source = np.array(word, UNSIGNED[dtype.itemsize]).view(dtype)
-            elif text not in ("_", *_SPECIAL):
-                held = self.registers[text]
+            if held := self.registers.get(text):
                 if held.itemsize < dtype.itemsize or (held == BOOL) != (dtype == BOOL):
                     raise KeyError(text)
+            elif form := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
+                source = np.array(int(form[1], 16), UNSIGNED[dtype.itemsize]).view(dtype)
+            elif dtype == BOOL:
+                source = np.array(int(text) != 0)
+            elif text not in ("_", *_SPECIAL):
+                word = int(text, 0) % (1 << 8 * dtype.itemsize)
+                source = np.array(word, UNSIGNED[dtype.itemsize]).view(dtype)
             found.append((dtype, source))
         return found
 

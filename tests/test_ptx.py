@@ -98,7 +98,8 @@ def test_whole_blocks_are_started():
             lambda i: i + 4 if i % 32 < 4 else 0xDEADBEEF if i % 32 < 8 else 0,
         ),
         (
-            """cvt.u16.u32 %rs1, %r1; mov.b32 %r2, {%rs1, 7}; mov.b32 {%rs2, %rs3}, %r2;
+            """cvt.u16.u32 %rs1, %r1; mov.b32 %r2, {%rs1, 7};
+            { .reg .b16 low; mov.b32 {low, %rs3}, %r2; } mov.b32 {%rs2, _}, %r2;
             cvt.u32.u16 %r3, %rs3; shl.b32 %r3, %r3, 16; cvt.s32.s16 %r4, %rs2;
             or.b32 %r2, %r3, %r4; st.global.u32 [%rd5], %r2;""",
             lambda i: 7 << 16 | i,
