@@ -62,12 +62,15 @@ def pytest_generate_tests(metafunc):
     chosen = [LIBRARIES[name] for name in asked or LIBRARIES if name in names]
     chosen = [one for one in chosen if all(getattr(one, name) for name in attributes)]
     chosen = [one for one in chosen if asked or one.reason is None or (gpu and one.gpu)]
-    if "dtype" in metafunc.fixturenames:
+    has_dtype = "dtype" in metafunc.fixturenames
+    is_meant = names is not LIBRARIES or "library" in metafunc.fixturenames  # by conformance
+    if not (has_dtype and is_meant):
+        chosen = [one for one in chosen if not one.only_rules]
+    if has_dtype:
         pairs = [parameter(one, dtype) for one in chosen for dtype in one.dtypes]
         metafunc.parametrize(("xp", "dtype"), pairs, indirect=["xp"])
     else:
-        whole = [one for one in chosen if not one.only_dtypes]
-        metafunc.parametrize("xp", [parameter(one) for one in whole], indirect=True)
+        metafunc.parametrize("xp", [parameter(one) for one in chosen], indirect=True)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -27,8 +27,9 @@ class Library(abc.ABC):
         The modules that must be installed; `module` is the first of them.
     dtypes : tuple of str
         Its floating dtypes.
-    only_dtypes : bool
-        Whether only tests of a dtype run over it: the others would repeat those of another library.
+    only_rules : bool
+        Whether only tests of a dtype run over it: those of the conformance suite, and those that
+        name it.
     subnormals, payloads : bool
         Whether its own operations keep subnormals (rule F4: `Backend` can do no better), and its
         ``where`` the payload of a NaN (rule F2, likewise).
@@ -45,7 +46,7 @@ class Library(abc.ABC):
     name: str
     requires: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = FLOATING
-    only_dtypes = False
+    only_rules = False
     subnormals = True
     payloads = True
     strided = True
@@ -294,7 +295,7 @@ class CupyHost75(CupyHost):
 
     name = "cupy_host_75"
     dtypes = ("bfloat16",)
-    only_dtypes = True
+    only_rules = True
     architecture = 75
 
     @contextlib.contextmanager
