@@ -10,7 +10,6 @@ import pytest
 from libraries import LIBRARIES, unavailable
 from passes import run_all
 
-import relu_xp
 from relu_xp.parameters import DTYPES, is_integer
 from relu_xp.testing import reference
 
@@ -277,33 +276,6 @@ def test_the_checks_can_fail():
         check_memory(late, [([4, 4], [4])], "late")
     with pytest.raises(AssertionError):
         check_products(late, {"float32"}, "late")
-
-
-@pytest.mark.parametrize(
-    ("name", "t", "x", "w", "instruction"),
-    [
-        # By way of float32 to nearest it would be rounded twice to 16 bits.
-        ("squared_relu_backward", "float16", "float64", "float16", "cvt.rz.f32.f64"),
-        ("prelu", "float16", "float16", "float64", "cvt.rz.f32.f64"),
-        ("round_to", "float16", "float64", "float16", "cvt.rz.f32.f64"),
-        ("add_up", "float16", "float16", "float16", "cvt.rz.f32.f64"),
-        ("prelu_forward", "float64", "float64", "float32", "cvt.f64.f32"),  # keeps subnormals
-    ],
-)
-def test_conversions(name, t, x, w, instruction):
-    ptx = ptx_of(name, sources(name, t, ("flat",)))["flat", x, w]
-    types = instruction[-8:]
-    assert set(re.findall(rf"\bcvt\S*{types}\b", ptx)) == {instruction}
-
-
-def test_values_of_conversions(launches):
-    """1 + 2**-11 is halfway to the next float16; 1e-40 is subnormal in float32."""
-    x = cupy_host.array(np.array([(1 + 2.0**-11 - 2.0**-40) / 2]))
-    dx = relu_xp.squared_relu_vjp(x)[1](cupy_host.array(np.ones(1, np.float16)))
-    assert cupy_host.to_numpy(dx).tolist() == [1.0]
-    weight = np.array([1e-40], np.float32)
-    y = relu_xp.prelu(cupy_host.array(np.array([-2.0])), cupy_host.array(weight), axis=0)
-    assert cupy_host.to_numpy(y).tolist() == [-2.0 * float(weight[0])]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

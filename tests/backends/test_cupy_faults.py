@@ -28,6 +28,12 @@ FAULTS = {
         None,
     ),
     "a conversion that flushes subnormals": (r"cvt\.f64\.f32", "cvt.ftz.f64.f32", "float64", None),
+    "a comparison of conversions that flushes": (
+        r"cvt\.f64\.f32(\s+%fd\d+, %f1;)",
+        r"cvt.ftz.f64.f32\1",
+        "bfloat16",
+        None,
+    ),
     "a truncated bfloat16": (r"cvt\.rn\.bf16", "cvt.rz.bf16", "bfloat16", None),
     "a truncated float16": (r"cvt\.rn\.f16", "cvt.rz.f16", "float16", None),
     "a truncated product": (r"mul\.rn\.f32", "mul.rz.f32", "float32", None),
@@ -69,26 +75,39 @@ FAULTS = {
 }
 
 
+# To be rounded once: near the middle of two numbers, and in the middle of two that are subnormal.
+# 1e-40 is subnormal in float32.
+PRECISE = {
+    "float16": np.array([1 + 2.0**-11 - 2.0**-40, 2.5 * 2.0**-24]),
+    "bfloat16": np.array([1 + 2.0**-8 - 2.0**-40, 2.5 * 2.0**-133]),
+    "float32": np.array([1 + 2.0**-24 - 2.0**-50, 2.5 * 2.0**-149]),
+    "float64": np.array([0.3, 1e-40], np.float32),
+}
+
+
 def results(array, dtype):
     """Return what some calls give for arrays of a dtype, which `array` makes of NumPy arrays."""
     form = reference.Format(dtype)
     rng = np.random.default_rng(5)
     words = rng.choice(reference.specials(dtype), (5, 312))
     x, dy = array(words.view(form.dtype)), array(words[::-1].copy().view(form.dtype))
-    # 1 + 2**-11 is halfway between two numbers of float16; 1e-40 is subnormal in float32.
-    slopes = {"float16": np.float64(1 + 2.0**-11 - 2.0**-40), "float64": np.float32(1e-40)}
-    slopes["bfloat16"] = np.float64(1 + 2.0**-8 - 2.0**-40)
-    weight = array(np.full(1, slopes.get(dtype, 0.3)))
     biases = rng.choice(reference.specials(dtype), 317).view(form.dtype)
     bias, bias_of_rows = array(biases[5:].copy()), array(biases[:5].copy())
+    ones = array(np.ones((5, 312), form.dtype))
     y, pullback = relu_xp.relu_vjp(x)
     summed, summed_pullback = relu_xp.bias_relu_vjp(x, bias)
-    leaky = relu_xp.leaky_relu(x, 0.3)
-    learned = relu_xp.prelu(x, weight)
-    ones = array(np.ones((5, 312), form.dtype))
     _, rows_pullback = relu_xp.bias_relu_vjp(x, bias_of_rows, axis=0)
-    gradients = *summed_pullback(ones), *rows_pullback(ones)
-    return [y, pullback._residuals.data, pullback(dy), summed, leaky, learned, *gradients]
+    found = [y, pullback._residuals.data, pullback(dy), summed, relu_xp.leaky_relu(x, 0.3)]
+    found += [*summed_pullback(ones), *rows_pullback(ones)]
+    for host in (PRECISE[dtype], PRECISE[dtype].astype(np.float32)):
+        host = np.resize(host, (5, 312))
+        row, half = array(host[0].copy()), array(host / host.dtype.type(2))
+        zeros = array(np.zeros((5, 312), form.dtype))
+        of_one = array(np.where(np.arange(5)[:, None] == 0, host, 0).astype(host.dtype))
+        found += [relu_xp.prelu(x, row), relu_xp.bias_relu(zeros, row)]
+        found += [relu_xp.squared_relu_vjp(half)[1](ones)]
+        found += relu_xp.bias_relu_vjp(ones, array(np.zeros(312, form.dtype)))[1](of_one)
+    return found
 
 
 def check(dtype):
