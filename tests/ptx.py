@@ -186,7 +186,8 @@ class Program:
         found = []
         for text, kind in zip(texts, kinds, strict=True):
             dtype, source = TYPES[kind], text
-            if held := self.registers.get(text):
+            if text in self.registers:
+                held = self.registers[text]
                 if held.itemsize < dtype.itemsize or (held == BOOL) != (dtype == BOOL):
                     raise KeyError(text)
             elif form := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", text):
