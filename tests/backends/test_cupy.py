@@ -26,6 +26,12 @@ each_mask = pytest.mark.parametrize("params", MASKS.values(), ids=MASKS)
 PRODUCTS = {name: reference.PRESETS[name] for name in ("leaky", "falling", "everything")} | {
     "threshold overflows": {"threshold": 1e300, "negative_slope": 1e-40},
     "threshold below all": {"threshold": -1e300, "positive_slope": 2.0, "max_value": 1e-40},
+    "subnormal ceiling": {
+        "threshold": -1.0,
+        "negative_slope": 0.5,
+        "positive_slope": 2.0,
+        "max_value": 1e-40,
+    },
     "ceiling overflows": {"threshold": -1e-40, "max_value": 1e300, "negative_slope": -1.0},
 }
 INFINITY_TIMES_0 = {
